@@ -1,0 +1,150 @@
+"""Embeddings on disk: numbered pairs of a memory-mappable .npy and a Parquet table, row i to row i (clip-retrieval's layout)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dinov2cli.artifacts.manifest import Manifest, require_kind
+from dinov2cli.artifacts.output import Output
+from dinov2cli.errors import InputError
+
+REQUIRED_COLUMNS = ("id", "image_path", "width", "height", "sha256")
+
+
+def _vector_name(shard: int) -> str:
+    return f"img_emb/img_emb_{shard:04d}.npy"
+
+
+def _metadata_name(shard: int) -> str:
+    return f"metadata/metadata_{shard:04d}.parquet"
+
+
+class EmbeddingsWriter:
+    """Writes numbered shards into an `Output`; a shard counts as present when both its files are."""
+
+    def __init__(self, out: Output, dim: int, *, normalized: bool = True) -> None:
+        self._out = out
+        self.dim = dim
+        self.normalized = normalized
+
+    def has_shard(self, shard: int) -> bool:
+        """Tell whether a shard was written whole; the metadata file is written last, so it decides."""
+        return (self._out.path / _metadata_name(shard)).is_file() and (
+            self._out.path / _vector_name(shard)
+        ).is_file()
+
+    def write_shard(self, shard: int, vectors: np.ndarray, metadata: pa.Table) -> None:
+        """Store float vectors [n, dim] as float16 in C order, and their metadata table of n rows.
+
+        Raises ValueError when the shapes or the columns do not fit.
+        """
+        if vectors.shape != (metadata.num_rows, self.dim):
+            raise ValueError(
+                f"vectors {vectors.shape} do not fit {metadata.num_rows} metadata rows of dim {self.dim}"
+            )
+        absent = [name for name in REQUIRED_COLUMNS if name not in metadata.column_names]
+        if absent:
+            raise ValueError(f"metadata lacks {absent}")
+        half = np.ascontiguousarray(vectors, dtype=np.float16)
+        self._out.write(_vector_name(shard), lambda p: _save_npy(p, half))
+        self._out.write_table(_metadata_name(shard), metadata)
+
+    def shard_rows(self, shard: int) -> int:
+        """Return the number of rows of a shard that is present."""
+        return int(pq.read_metadata(self._out.path / _metadata_name(shard)).num_rows)
+
+    def finish(self, rows: int, **extra: object) -> Manifest:
+        """Finish the output, recording dimension and normalisation."""
+        return self._out.finish(rows=rows, dim=self.dim, normalized=self.normalized, **extra)
+
+
+class Embeddings:
+    """Finished embeddings opened for reading. Vectors stay on disk until asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        files = sorted((path / "img_emb").glob("img_emb_*.npy"))
+        self.shards: list[np.ndarray] = [np.load(file, mmap_mode="r") for file in files]
+        self._metadata_files = [
+            path / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet")
+            for file in files
+        ]
+        self._check(files)
+        self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+
+    def _check(self, files: list[Path]) -> None:
+        if not files:
+            raise InputError(
+                f"{self.path} has no img_emb/img_emb_*.npy; it is damaged: make it again with `dinov2 embed --overwrite`"
+            )
+        for file, shard, meta in zip(files, self.shards, self._metadata_files, strict=True):
+            if not meta.is_file():
+                raise InputError(
+                    f"{meta} is missing beside {file.name}; make {self.path} again with `dinov2 embed --overwrite`"
+                )
+            rows = pq.read_metadata(meta).num_rows
+            if rows != len(shard):
+                raise InputError(
+                    f"{file} has {len(shard)} rows and {meta.name} has {rows}, expected the same; "
+                    f"make {self.path} again with `dinov2 embed --overwrite`"
+                )
+
+    @property
+    def rows(self) -> int:
+        """Number of vectors."""
+        return int(self._starts[-1])
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self.shards[0].shape[1])
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the vectors were L2-normalised when written."""
+        return bool(self.manifest.extra.get("normalized", True))
+
+    def metadata(self, columns: list[str] | None = None) -> pa.Table:
+        """Return the metadata of all rows, in order."""
+        return pa.concat_tables(
+            [pq.read_table(f, columns=columns) for f in self._metadata_files], promote_options="default"
+        )
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Return rows start..stop as float32 [n, dim]."""
+        stop = min(stop, self.rows)
+        parts = []
+        for shard, first in zip(self.shards, self._starts[:-1], strict=True):
+            low, high = max(start - first, 0), min(stop - first, len(shard))
+            if low < high:
+                parts.append(np.asarray(shard[low:high], dtype=np.float32))
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, float32 [<= size, dim]) over all rows."""
+        for start in range(0, self.rows, size):
+            yield start, self.block(start, start + size)
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        """Return the rows of `indices` as float32 [n, dim], in the order asked."""
+        indices = np.asarray(indices)
+        result = np.empty((len(indices), self.dim), np.float32)
+        which = np.searchsorted(self._starts, indices, side="right") - 1
+        for shard in np.unique(which):
+            here = which == shard
+            result[here] = self.shards[shard][indices[here] - self._starts[shard]]
+        return result
+
+
+def open_embeddings(path: Path | str) -> Embeddings:
+    """Open a finished embeddings directory; InputError when it is another kind, unfinished or damaged."""
+    return Embeddings(Path(path), require_kind(path, "embeddings"))
+
+
+def _save_npy(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as handle:  # a handle, for np.save(path) would append .npy to the temporary name
+        np.save(handle, array)

@@ -1,0 +1,52 @@
+"""Evaluation results on disk: one row per figure, each with its confidence interval, as JSON and as Parquet."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dinov2cli.artifacts.manifest import Manifest, require_kind
+from dinov2cli.artifacts.output import Output
+from dinov2cli.errors import InputError
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One figure. `value`, `ci_low` and `ci_high` share the metric's unit (accuracies are fractions); `n` counts test images."""
+
+    model: str
+    task: str
+    dataset: str
+    metric: str
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def write_results(out: Output, rows: list[ResultRow], *, report: str | None = None, **extra: Any) -> Manifest:
+    """Write results.json and results.parquet (and the HTML report) and finish the output."""
+    records = [asdict(row) for row in rows]
+    out.write_json("results.json", records)
+    # Settings differ between tasks, so the Parquet column holds them as JSON text.
+    flat = [{**record, "settings": json.dumps(record["settings"], default=str)} for record in records]
+    out.write_table("results.parquet", pa.Table.from_pylist(flat))
+    if report is not None:
+        out.write_text("report.html", report)
+    return out.finish(rows=len(rows), **extra)
+
+
+def read_results(path: Path | str) -> list[ResultRow]:
+    """Read a finished results directory; InputError when it is another kind, unfinished or damaged."""
+    path = Path(path)
+    require_kind(path, "results")
+    try:
+        return [ResultRow(**record) for record in json.loads((path / "results.json").read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path / 'results.json'} cannot be read ({type(error).__name__}); run the evaluation again with --overwrite"
+        ) from None

@@ -1,0 +1,75 @@
+"""Selections on disk: which rows of which sources were kept, which were dropped, and why. Rows point back to the images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dinov2cli.artifacts.manifest import Manifest, require_kind
+from dinov2cli.artifacts.output import Output
+from dinov2cli.errors import InputError
+
+KEPT_COLUMNS = ("id", "image_path", "source", "row")
+DROPPED_COLUMNS = ("id", "reason", "duplicate_of", "similarity", "group")
+GROUP_COLUMNS = ("id", "image_path", "group", "keep")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A finished selection. `groups` is None for selections that `dedup` did not make."""
+
+    path: Path
+    manifest: Manifest
+    kept: pa.Table
+    dropped: pa.Table
+    groups: pa.Table | None
+
+
+def write_selection(
+    out: Output,
+    *,
+    kept: pa.Table,
+    dropped: pa.Table,
+    groups: pa.Table | None = None,
+    report: str | None = None,
+    **extra: Any,
+) -> Manifest:
+    """Write the tables (and the HTML report) of a selection and finish the output; `rows` counts the kept images.
+
+    Raises ValueError when a table lacks a column of the format.
+    """
+    tables = [
+        ("kept", kept, KEPT_COLUMNS),
+        ("dropped", dropped, DROPPED_COLUMNS),
+        ("groups", groups, GROUP_COLUMNS),
+    ]
+    for name, table, columns in tables:
+        if table is None:
+            continue
+        absent = [column for column in columns if column not in table.column_names]
+        if absent:
+            raise ValueError(f"{name} table lacks {absent}")
+        out.write_table(f"{name}.parquet", table)
+    if report is not None:
+        out.write_text("report.html", report)
+    return out.finish(rows=kept.num_rows, kept=kept.num_rows, dropped=dropped.num_rows, **extra)
+
+
+def open_selection(path: Path | str) -> Selection:
+    """Open a finished selection; InputError when it is another kind, unfinished or damaged."""
+    path = Path(path)
+    manifest = require_kind(path, "selection")
+    tables = {}
+    for name in ("kept", "dropped", "groups"):
+        file = path / f"{name}.parquet"
+        if name == "groups" and not file.is_file():
+            continue
+        try:
+            tables[name] = pq.read_table(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(
+                f"{file} cannot be read ({type(error).__name__}); the selection is damaged: make it again with --overwrite"
+            ) from None
+    return Selection(path, manifest, tables["kept"], tables["dropped"], tables.get("groups"))

@@ -1,4 +1,7 @@
-"""Embeddings on disk: numbered pairs of a memory-mappable .npy and a Parquet table, row i to row i (clip-retrieval's layout)."""
+"""Embeddings on disk: numbered pairs of a memory-mappable .npy and a Parquet table, row i to row i.
+
+The layout is clip-retrieval's, so autofaiss, DuckDB and NumPy read it as it is.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +35,7 @@ class EmbeddingsWriter:
 
     def has_shard(self, shard: int) -> bool:
         """Tell whether a shard was written whole; the metadata file is written last, so it decides."""
-        return (self._out.path / _metadata_name(shard)).is_file() and (
-            self._out.path / _vector_name(shard)
-        ).is_file()
+        return (self._out.path / _metadata_name(shard)).is_file() and (self._out.path / _vector_name(shard)).is_file()
 
     def write_shard(self, shard: int, vectors: np.ndarray, metadata: pa.Table) -> None:
         """Store float vectors [n, dim] as float16 in C order, and their metadata table of n rows.
@@ -42,9 +43,7 @@ class EmbeddingsWriter:
         Raises ValueError when the shapes or the columns do not fit.
         """
         if vectors.shape != (metadata.num_rows, self.dim):
-            raise ValueError(
-                f"vectors {vectors.shape} do not fit {metadata.num_rows} metadata rows of dim {self.dim}"
-            )
+            raise ValueError(f"vectors {vectors.shape} do not fit {metadata.num_rows} metadata rows of dim {self.dim}")
         absent = [name for name in REQUIRED_COLUMNS if name not in metadata.column_names]
         if absent:
             raise ValueError(f"metadata lacks {absent}")
@@ -70,17 +69,14 @@ class Embeddings:
         files = sorted((path / "img_emb").glob("img_emb_*.npy"))
         self.shards: list[np.ndarray] = [np.load(file, mmap_mode="r") for file in files]
         self._metadata_files = [
-            path / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet")
-            for file in files
+            path / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet") for file in files
         ]
         self._check(files)
         self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
 
     def _check(self, files: list[Path]) -> None:
         if not files:
-            raise InputError(
-                f"{self.path} has no img_emb/img_emb_*.npy; it is damaged: make it again with `dinov2 embed --overwrite`"
-            )
+            raise InputError(f"{self.path} has no img_emb/img_emb_*.npy; it is damaged: make it again with --overwrite")
         for file, shard, meta in zip(files, self.shards, self._metadata_files, strict=True):
             if not meta.is_file():
                 raise InputError(

@@ -88,12 +88,8 @@ def read_manifest(path: Path | str) -> Manifest:
     path = Path(path)
     file = path / FILE_NAME
     if not file.is_file():
-        what = (
-            "does not exist" if not path.exists() else f"has no {FILE_NAME}, so it was not written by dinov2"
-        )
-        raise InputError(
-            f"{path} {what}; give a directory made by dinov2 embed, dedup, curate, pretrain or eval"
-        )
+        what = "does not exist" if not path.exists() else f"has no {FILE_NAME}, so it was not written by dinov2"
+        raise InputError(f"{path} {what}; give a directory made by dinov2 embed, dedup, curate, pretrain or eval")
     try:
         raw = json.loads(file.read_text())
         known = {f.name for f in fields(Manifest)}
@@ -118,13 +114,12 @@ def require_kind(path: Path | str, *kinds: str, complete: bool = True) -> Manife
     """
     manifest = read_manifest(path)
     if manifest.kind not in kinds:
-        noun, _, cure = _KINDS.get(
-            manifest.kind, (describe_kind(manifest.kind), "", "give another directory")
-        )
+        noun, _, cure = _KINDS.get(manifest.kind, (describe_kind(manifest.kind), "", "give another directory"))
         wanted = " or ".join(f"{describe_kind(k)} (made by {_KINDS[k][1]})" for k in kinds)
         raise InputError(f"{path} is {noun}, expected {wanted}; {cure}")
     if complete and not manifest.complete:
         raise InputError(
-            f"{path} is unfinished (its run was stopped); run `{manifest.command or _KINDS[manifest.kind][1]}` again to finish it"
+            f"{path} is unfinished (its run was stopped); "
+            f"run `{manifest.command or _KINDS[manifest.kind][1]}` again to finish it"
         )
     return manifest

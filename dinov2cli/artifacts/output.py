@@ -1,4 +1,4 @@
-"""An output directory being written: opened, resumed or refused by its manifest, each file written aside and renamed."""
+"""An output directory being written: opened, resumed or refused by its manifest; files are written aside and renamed."""
 
 import contextlib
 import errno
@@ -202,7 +202,8 @@ def inspect_output(path: Path | str, fresh: Manifest, *, overwrite: bool = False
         return None
     if old.kind != fresh.kind:
         raise UserError(
-            f"-o {path} holds {manifests.describe_kind(old.kind)}; choose another directory, or replace it with --overwrite"
+            f"-o {path} holds {manifests.describe_kind(old.kind)}; choose another directory, "
+            "or replace it with --overwrite"
         )
     changes = differing_keys(old.config, fresh.config) + _input_changes(old.inputs, fresh.inputs)
     if changes:

@@ -14,7 +14,7 @@ from dinov2cli.errors import InputError
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One figure. `value`, `ci_low` and `ci_high` share the metric's unit (accuracies are fractions); `n` counts test images."""
+    """One figure. `value`, `ci_low`, `ci_high` share the metric's unit (accuracies are fractions); `n` = test images."""
 
     model: str
     task: str
@@ -48,5 +48,5 @@ def read_results(path: Path | str) -> list[ResultRow]:
         return [ResultRow(**record) for record in json.loads((path / "results.json").read_text())]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"{path / 'results.json'} cannot be read ({type(error).__name__}); run the evaluation again with --overwrite"
+            f"{path / 'results.json'} cannot be read ({type(error).__name__}); evaluate again with --overwrite"
         ) from None

@@ -1,4 +1,4 @@
-"""Selections on disk: which rows of which sources were kept, which were dropped, and why. Rows point back to the images."""
+"""Selections on disk: which rows of which sources were kept and dropped, and why. Rows point back to the images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,6 @@ def open_selection(path: Path | str) -> Selection:
             tables[name] = pq.read_table(file)
         except (OSError, pa.ArrowInvalid) as error:
             raise InputError(
-                f"{file} cannot be read ({type(error).__name__}); the selection is damaged: make it again with --overwrite"
+                f"{file} cannot be read ({type(error).__name__}); make the selection again with --overwrite"
             ) from None
     return Selection(path, manifest, tables["kept"], tables["dropped"], tables.get("groups"))

@@ -1,0 +1,1 @@
+"""Backbones, heads and their weights in three naming conventions. Nothing here knows about training."""

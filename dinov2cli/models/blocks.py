@@ -1,0 +1,200 @@
+"""Parts of a transformer block that work on packed tokens: several groups of crops in one long sequence.
+
+Legend of shape suffixes: T tokens of all groups together, B samples of one group, N tokens of one sample, D width,
+H heads, C width of a head. A pack x_TD is described by `groups`, a list of (B, N), laid out one group after another.
+Parameter names are those of the official DINOv2 checkpoints.
+"""
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Groups = list[tuple[int, int]]
+
+
+class Kept(NamedTuple):
+    """Samples on which one block runs its two residual branches: for each group an int64 index tensor."""
+
+    attention: list[Tensor]
+    ffn: list[Tensor]
+
+
+def swiglu_hidden(embed_dim: int, mlp_ratio: float) -> int:
+    """Hidden width of the SwiGLU layer: two thirds of the MLP's, rounded up to a multiple of 8 (METHOD: §2)."""
+    return (int(int(embed_dim * mlp_ratio) * 2 / 3) + 7) // 8 * 8
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into square patches and projects each to a token."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, h, w] images to [B, N, D] tokens in row order."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each sample of a pack, block-diagonal by construction."""
+
+    def __init__(self, embed_dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x_TD: Tensor, groups: Groups) -> Tensor:
+        """Attend within every sample. One kernel launch per run of groups whose samples are equally long."""
+        runs = [(sum(b for b, _ in run), n) for n, run in groupby_length(groups)]
+        outputs = []
+        for chunk, (b, n) in zip(self.qkv(x_TD).split([b * n for b, n in runs]), runs, strict=True):
+            q_BHNC, k_BHNC, v_BHNC = chunk.view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            out_BHNC = F.scaled_dot_product_attention(q_BHNC, k_BHNC, v_BHNC)
+            outputs.append(out_BHNC.transpose(1, 2).reshape(b * n, -1))
+        return self.proj(join(outputs))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between."""
+
+    def __init__(self, embed_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, embed_dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.fc2(F.gelu(self.fc1(x_TD)))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer 2020): w3(silu(gate) * value), gate and value packed in w12, gate first."""
+
+    def __init__(self, embed_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(embed_dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, embed_dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        gate, value = self.w12(x_TD).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on a residual branch (Touvron et al. 2021, CaiT)."""
+
+    def __init__(self, embed_dim: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((embed_dim,), init))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return x_TD * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on a pack of tokens, with stochastic depth that skips the work."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        ffn: str = "mlp",
+        layerscale: float | None = 1e-5,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = Attention(embed_dim, num_heads, qkv_bias)
+        self.ls1 = nn.Identity() if layerscale is None else LayerScale(embed_dim, layerscale)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp: Mlp | SwiGLU
+        if ffn == "swiglu":
+            self.mlp = SwiGLU(embed_dim, swiglu_hidden(embed_dim, mlp_ratio))
+        else:
+            self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        self.ls2 = nn.Identity() if layerscale is None else LayerScale(embed_dim, layerscale)
+
+    def attention_branch(self, x_TD: Tensor, groups: Groups) -> Tensor:
+        """Residual branch of the attention, without the skip connection."""
+        return self.ls1(self.attn(self.norm1(x_TD), groups))
+
+    def ffn_branch(self, x_TD: Tensor, groups: Groups) -> Tensor:  # noqa: ARG002 - one signature for both branches
+        """Residual branch of the feed-forward layer, without the skip connection."""
+        return self.ls2(self.mlp(self.norm2(x_TD)))
+
+    def forward(self, x_TD: Tensor, groups: Groups, kept: Kept | None = None) -> Tensor:
+        """One block over a pack. `kept` names the samples the branches run on; None runs them on all."""
+        x_TD = add_residual(self.attention_branch, x_TD, groups, kept.attention if kept else None)
+        return add_residual(self.ffn_branch, x_TD, groups, kept.ffn if kept else None)
+
+
+def add_residual(
+    branch: Callable[[Tensor, Groups], Tensor], x_TD: Tensor, groups: Groups, kept: list[Tensor] | None
+) -> Tensor:
+    """x + branch(x), the branch computed for the kept samples only and added back scaled by B / kept.
+
+    The scale keeps the expected sum equal to that of the full branch (paper §5, "efficient stochastic depth").
+    Indices within a group must be unique; then the sum is deterministic also on a GPU.
+    """
+    if kept is None:
+        return x_TD + branch(x_TD, groups)
+    width = x_TD.shape[-1]
+    # Whole samples as rows, so that gather and add-back move long contiguous slices.
+    rows = [x.view(b, n * width) for x, (b, n) in zip(split(x_TD, groups), groups, strict=True)]
+    subset = [x.index_select(0, index) for x, index in zip(rows, kept, strict=True)]
+    sub_groups = [(len(index), n) for index, (_, n) in zip(kept, groups, strict=True)]
+    update_TD = branch(join([x.reshape(-1, width) for x in subset]), sub_groups).to(x_TD.dtype)
+    summed = []
+    for x, index, update, (b, n) in zip(rows, kept, split(update_TD, sub_groups), groups, strict=True):
+        total = x.index_add(0, index, update.reshape(len(index), -1), alpha=b / len(index))
+        summed.append(total.view(b * n, width))
+    return join(summed)
+
+
+def draw_kept(
+    groups: Groups, rates: list[float], generator: torch.Generator, device: torch.device
+) -> list[Kept | None]:
+    """Which samples each block keeps: max(floor(B (1 - rate)), 1) of every group, drawn afresh for each branch.
+
+    Drawn for the whole forward pass at once, so that a GPU sees one transfer. None where the rate is 0.
+    """
+    counts = [[max(int(b * (1 - rate) + 1e-9), 1) for b, _ in groups] for rate in rates]
+    drawn = [
+        torch.randperm(b, generator=generator, device=generator.device)[:count]
+        for rate, row in zip(rates, counts, strict=True)
+        if rate > 0
+        for _branch in range(2)
+        for (b, _), count in zip(groups, row, strict=True)
+    ]
+    if not drawn:
+        return [None] * len(rates)
+    pieces = iter(torch.cat(drawn).to(device).split([len(index) for index in drawn]))
+    return [
+        Kept([next(pieces) for _ in groups], [next(pieces) for _ in groups]) if rate > 0 else None for rate in rates
+    ]
+
+
+def groupby_length(groups: Groups) -> list[tuple[int, Groups]]:
+    """Neighbouring groups whose samples have the same number of tokens, as (N, groups)."""
+    return [(n, list(run)) for n, run in groupby(groups, key=lambda group: group[1])]
+
+
+def split(x_TD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    """The pack cut into one [B * N, D] view per group."""
+    return x_TD.split([b * n for b, n in groups])
+
+
+def join(pieces: list[Tensor]) -> Tensor:
+    """Concatenation that does not copy a single piece."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

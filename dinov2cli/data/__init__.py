@@ -1,0 +1,1 @@
+"""Images in: sources, decoding, crops, augmentation, masks, loaders, and the demo images."""

@@ -1,0 +1,123 @@
+"""Pairs of images whose perceptual hashes differ in few bits, in any of 8 orientations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from dinov2cli.search.edges import Edges, join_edges, make_edges
+from dinov2cli.search.hashing import HASH_BYTES, ORIENTATIONS, VIEWS, PerceptualHash, Uint8
+from dinov2cli.search.neighbours import Progress
+from dinov2cli.search.vectors import Float32, Int64
+
+BITS = 8 * HASH_BYTES
+RADIUS = 31
+"""Bits of 256 that may differ: what PDQ recommends, and the most for which the lookup below misses nothing."""
+
+_FLAT_BELOW = 200_000
+_TABLES = 16
+_QUERY_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class HashTable:
+    """Hashes of N images: bits [N, 2, 8, 32] uint8 and valid [N, 2] bool (see `PerceptualHash`)."""
+
+    bits: Uint8
+    valid: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return int(self.valid.shape[0])
+
+
+def stack_hashes(hashes: Sequence[PerceptualHash | None]) -> HashTable:
+    """Hashes of many images as one table; None (an unreadable image) is a row that matches nothing."""
+    bits = np.zeros((len(hashes), VIEWS, ORIENTATIONS, HASH_BYTES), dtype=np.uint8)
+    valid = np.zeros((len(hashes), VIEWS), dtype=bool)
+    for row, one in enumerate(hashes):
+        if one is not None:
+            bits[row], valid[row] = one.bits, one.valid
+    return HashTable(bits, valid)
+
+
+def hash_edges(table: HashTable, *, radius: int = RADIUS, progress: Progress | None = None) -> Edges:
+    """Pairs of images one of whose views, in some orientation, is within `radius` bits of a view of the other.
+
+    Similarity is 1 - bits / 256. Images with the very same hash are joined in a star and searched once, so that a
+    thousand copies make a thousand edges, not half a million.
+    """
+    first, star = _identical(table)
+    ones = np.flatnonzero(first == np.arange(len(table)))
+    small = HashTable(table.bits[ones], table.valid[ones])
+    parts = [star]
+    for a, b, bits in _matches(small, small, radius, progress):
+        parts.append(make_edges(ones[a], ones[b], 1 - bits / BITS))
+    return join_edges(parts)
+
+
+def best_hash_match(
+    table: HashTable, reference: HashTable, *, radius: int = RADIUS, progress: Progress | None = None
+) -> tuple[Float32, Int64]:
+    """For every image the reference image with the nearest hash: similarity [N], row [N].
+
+    Row is -1 and similarity -inf where none lies within `radius` bits; of equally near ones the first is taken.
+    """
+    similarity = np.full(len(table), -np.inf, dtype=np.float32)
+    row = np.full(len(table), -1, dtype=np.int64)
+    for a, b, bits in _matches(table, reference, radius, progress):
+        order = np.lexsort((b, bits, a))
+        who, where = np.unique(a[order], return_index=True)
+        value = (1 - bits[order][where] / BITS).astype(np.float32)
+        better = value > similarity[who]
+        similarity[who[better]] = value[better]
+        row[who[better]] = b[order][where][better]
+    return similarity, row
+
+
+def _identical(table: HashTable) -> tuple[Int64, Edges]:
+    """For every row the first row with the same hash of the whole image, and the edges from it to the others."""
+    rows = np.arange(len(table), dtype=np.int64)
+    first = rows.copy()
+    valid = np.flatnonzero(table.valid[:, 0])
+    if len(valid):
+        keys = table.bits[valid, 0, 0].view(f"V{HASH_BYTES}").ravel()
+        _, where, back = np.unique(keys, return_index=True, return_inverse=True)
+        first[valid] = valid[where][back]
+    copies = np.flatnonzero(first != rows)
+    return first, make_edges(first[copies], copies, np.ones(len(copies)))
+
+
+def _matches(table: HashTable, reference: HashTable, radius: int, progress: Progress | None):  # type: ignore[no-untyped-def]
+    """Yields (row of table [M], row of reference [M], differing bits [M]) by blocks of queries."""
+    owner, view = np.nonzero(reference.valid)
+    query_owner, query_view = np.nonzero(table.valid)
+    if not len(owner) or not len(query_owner):
+        return
+    index = _binary_index(np.ascontiguousarray(reference.bits[owner, view, 0]), radius)
+    step = max(1, _QUERY_ROWS // ORIENTATIONS)
+    for start in range(0, len(query_owner), step):
+        who = query_owner[start : start + step]
+        queries = table.bits[who, query_view[start : start + step]].reshape(-1, HASH_BYTES)
+        # Faiss takes the radius as exclusive.
+        limits, bits, found = index.range_search(np.ascontiguousarray(queries), radius + 1)
+        limits = np.asarray(limits, dtype=np.int64)
+        per_query = np.repeat(np.arange(len(queries)) // ORIENTATIONS, limits[1:] - limits[:-1])
+        yield who[per_query], owner[found], np.asarray(bits, dtype=np.float32)
+        if progress is not None:
+            progress(min(start + step, len(query_owner)), len(query_owner))
+
+
+def _binary_index(bits: Uint8, radius: int) -> "faiss.IndexBinary":
+    index: faiss.IndexBinary
+    if len(bits) < _FLAT_BELOW:
+        index = faiss.IndexBinaryFlat(BITS)
+    else:
+        # 16 tables of 16 bits: two hashes within 31 bits agree in some table up to one bit (pigeonhole), so looking
+        # into every bucket one flip away misses nothing; each further flip per table covers 16 bits more.
+        tables = faiss.IndexBinaryMultiHash(BITS, _TABLES, BITS // _TABLES)
+        tables.nflip = radius // _TABLES
+        index = tables
+    index.add(bits)
+    return index

@@ -1,0 +1,122 @@
+"""k-means on Faiss: fitted on a sample, then one streaming pass that assigns every row."""
+
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from dinov2cli.errors import UserError
+from dinov2cli.search.neighbours import Progress
+from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors, iterate, sample_rows
+
+POINTS_PER_CENTROID = 256
+"""Sample size per centroid: more points move the centroids no more than another seed does (Faiss's own default)."""
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """Fitted centroids [K, D]; `spherical` ones have unit length and are compared by cosine, others by distance.
+
+    `inertia` is the mean squared distance of the fitted sample to its centroids.
+    """
+
+    centroids: Float32
+    spherical: bool
+    inertia: float
+    sample: int
+
+    @property
+    def k(self) -> int:
+        return int(self.centroids.shape[0])
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The centroid of every row: label [N], and the squared distance [N] to it."""
+
+    label: Int64
+    distance: Float32
+
+    def sizes(self, k: int) -> Int64:
+        """Rows per centroid, [k]; zero for a centroid nobody is nearest to."""
+        return np.bincount(self.label, minlength=k).astype(np.int64)
+
+
+def fit_kmeans(
+    vectors: Vectors | npt.NDArray[np.floating],
+    k: int,
+    *,
+    iterations: int = 20,
+    spherical: bool = True,
+    seed: int = 0,
+    points_per_centroid: int = POINTS_PER_CENTROID,
+) -> KMeans:
+    """Lloyd's k-means from a random start on at most k x points_per_centroid rows.
+
+    spherical: rows and centroids of unit length (cosine), for features of a network. A cluster that empties gets
+    half of a large one (Faiss's rule). k-means++ is left out on purpose: at ten or more iterations it costs five
+    times as much and gains nothing (CURATION.md section 2b). Memory: the sample and the centroids.
+    Raises UserError where there are fewer rows than clusters.
+    """
+    source = as_vectors(vectors, unit=spherical)
+    if not 1 <= k <= source.rows:
+        raise UserError(
+            f"k-means: {k} clusters asked of {source.rows} rows; expected between 1 and the number of rows; "
+            "ask for fewer clusters"
+        )
+    sample = source.gather(sample_rows(source.rows, k * points_per_centroid, seed))
+    if k == len(sample):
+        centroids, inertia = sample, 0.0  # every row its own centroid; Faiss would warn and copy as well
+    else:
+        clustering = faiss.Kmeans(
+            source.dim,
+            k,
+            niter=iterations,
+            seed=seed + 1,
+            spherical=spherical,
+            min_points_per_centroid=1,
+            max_points_per_centroid=points_per_centroid,
+        )
+        clustering.train(sample)
+        centroids = np.asarray(clustering.centroids, dtype=np.float32).copy()
+        inertia = float(assign(sample, KMeans(centroids, spherical, 0.0, 0)).distance.mean())
+    return KMeans(centroids, spherical, inertia, len(sample))
+
+
+def assign(
+    vectors: Vectors | npt.NDArray[np.floating],
+    kmeans: KMeans,
+    *,
+    block: int = 16384,
+    progress: Progress | None = None,
+) -> Assignment:
+    """The nearest centroid of every row, read by blocks; equally near ones go to the lower centroid."""
+    source = as_vectors(vectors, unit=kmeans.spherical)
+    metric = faiss.METRIC_INNER_PRODUCT if kmeans.spherical else faiss.METRIC_L2
+    label = np.empty(source.rows, dtype=np.int64)
+    distance = np.empty(source.rows, dtype=np.float32)
+    for start, rows in iterate(source, block):
+        stop = start + len(rows)
+        value, found = faiss.knn(rows, kmeans.centroids, 1, metric=metric)
+        label[start:stop] = found[:, 0]
+        # |x - c|^2 = 2 - 2 x.c for vectors of unit length; rounding may leave it a hair below zero.
+        distance[start:stop] = np.maximum(2 - 2 * value[:, 0] if kmeans.spherical else value[:, 0], 0)
+        if progress is not None:
+            progress(stop, source.rows)
+    return Assignment(label, distance)
+
+
+def closest_in_cluster(assignment: Assignment, limit: int) -> Int64:
+    """The `limit` rows of every cluster that lie nearest to its centroid, sorted by row (ties by row)."""
+    order = np.lexsort((np.arange(len(assignment.label)), assignment.distance, assignment.label))
+    return np.sort(order[rank_in_group(assignment.label[order]) < limit])
+
+
+def rank_in_group(sorted_group: Int64) -> Int64:
+    """Position of every element within its run of equal values: [3, 3, 5, 5, 5] -> [0, 1, 0, 1, 2]."""
+    n = len(sorted_group)
+    position = np.arange(n, dtype=np.int64)
+    new = np.ones(n, dtype=bool)
+    new[1:] = sorted_group[1:] != sorted_group[:-1]
+    return position - np.maximum.accumulate(np.where(new, position, 0))

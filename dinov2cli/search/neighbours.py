@@ -1,0 +1,143 @@
+"""Most similar rows, and all pairs above a threshold, over sets of vectors read by blocks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2cli.search.edges import Edges, join_edges, make_edges
+from dinov2cli.search.index import SearchIndex, build_index
+from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors, iterate
+
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows in all) after every block."""
+
+_QUERY_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class NeighbourBlock:
+    """Neighbours of the query rows start .. start + n: cosine [n, k] and row [n, k], most similar first."""
+
+    start: int
+    similarity: Float32
+    row: Int64
+
+
+def neighbour_blocks(
+    index: SearchIndex,
+    queries: Vectors | npt.NDArray[np.floating],
+    k: int,
+    *,
+    exclude_self: bool = False,
+    block: int = _QUERY_ROWS,
+    progress: Progress | None = None,
+) -> Iterator[NeighbourBlock]:
+    """The k most similar rows of every query, `block` queries at a time.
+
+    With `exclude_self` query i is row i of the index and never its own neighbour. Exact copies tie with the row
+    itself and may push it out of the first place, or out of the list, so it is taken out wherever it stands.
+    Where the index holds fewer than k other rows, row is -1 and similarity -inf.
+    Raises ValueError for k < 1 or vectors of another length than the index's.
+    """
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, found {k}")
+    source = as_vectors(queries)
+    if source.rows and source.dim != index.dim:
+        raise ValueError(f"queries: expected vectors of length {index.dim}, found {source.dim}")
+    for start, vectors in iterate(source, block):
+        similarity, row = index.search(vectors, k + 1 if exclude_self else k)
+        if exclude_self:
+            similarity, row = _without_self(similarity, row, start)
+        yield NeighbourBlock(start, *_exactly_k(similarity, row, k))
+        if progress is not None:
+            progress(min(start + block, source.rows), source.rows)
+
+
+def top_k(
+    vectors: Vectors | npt.NDArray[np.floating],
+    k: int,
+    *,
+    queries: Vectors | npt.NDArray[np.floating] | None = None,
+    index: str = "auto",
+    nprobe: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Float32, Int64]:
+    """The k most similar rows of `vectors` for every query: cosine [n, k], row [n, k].
+
+    Without `queries` every row is compared with all others (itself excluded). The lists are held in memory
+    (12 bytes x n x k); use `neighbour_blocks` where that is too much. See `build_index` for `index` and `nprobe`.
+    """
+    built = build_index(vectors, index=index, nprobe=nprobe, seed=seed)
+    source = as_vectors(vectors if queries is None else queries)
+    blocks = list(neighbour_blocks(built, source, k, exclude_self=queries is None, progress=progress))
+    if not blocks:
+        return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
+    return np.concatenate([b.similarity for b in blocks]), np.concatenate([b.row for b in blocks])
+
+
+def similarity_edges(
+    vectors: Vectors | npt.NDArray[np.floating],
+    threshold: float,
+    *,
+    k: int = 64,
+    index: str = "auto",
+    nprobe: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Edges:
+    """All pairs of rows with cosine > threshold among the k nearest neighbours of each row (METHOD.md section 1).
+
+    Neighbour lists are not kept: memory is the index, one block of lists, and the edges. Rows whose k-th neighbour
+    still lies above the threshold are named in `Edges.truncated`.
+    """
+    source = as_vectors(vectors)
+    built = build_index(source, index=index, nprobe=nprobe, seed=seed)
+    parts: list[Edges] = []
+    for found in neighbour_blocks(built, source, k, exclude_self=True, progress=progress):
+        above = found.similarity > threshold
+        offset, rank = np.nonzero(above)
+        full = np.flatnonzero(above.all(axis=1)) if source.rows - 1 > k else np.zeros(0, np.int64)
+        parts.append(
+            make_edges(
+                offset + found.start,
+                found.row[offset, rank],
+                found.similarity[offset, rank],
+                truncated=full + found.start,
+            )
+        )
+    return join_edges(parts)
+
+
+def best_match(
+    vectors: Vectors | npt.NDArray[np.floating],
+    reference: Vectors | npt.NDArray[np.floating],
+    *,
+    index: str = "auto",
+    nprobe: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Float32, Int64]:
+    """For every row the most similar row of `reference`: cosine [N], row [N] (-1 where the reference is empty)."""
+    similarity, row = top_k(
+        reference, 1, queries=vectors, index=index, nprobe=nprobe, seed=seed, progress=progress
+    )
+    return similarity[:, 0], row[:, 0]
+
+
+def _without_self(similarity: Float32, row: Int64, start: int) -> tuple[Float32, Int64]:
+    """Lists of k + 1 shortened to k: the row itself goes, or the last one where the row itself is not listed."""
+    n, width = row.shape
+    keep = row != np.arange(start, start + n)[:, None]
+    keep[keep.all(axis=1), -1] = False
+    return similarity[keep].reshape(n, width - 1), row[keep].reshape(n, width - 1)
+
+
+def _exactly_k(similarity: Float32, row: Int64, k: int) -> tuple[Float32, Int64]:
+    missing = k - row.shape[1]
+    if missing <= 0:
+        return similarity[:, :k], row[:, :k]
+    pad = ((0, 0), (0, missing))
+    return np.pad(similarity, pad, constant_values=-np.inf), np.pad(row, pad, constant_values=-1)

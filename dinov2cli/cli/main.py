@@ -1,0 +1,97 @@
+"""The program `dinov2`: its commands, and how errors become one line and an exit code."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from dinov2cli import __version__
+from dinov2cli.cli import bench, curate, dedup, demo, embed, evaluate, info, pretrain, recipes
+from dinov2cli.errors import DinoError, Preempted, WorkError
+
+_EPILOG = "Start with `dinov2 demo`, then `dinov2 pretrain PHOTOS -o RUN`. Every command explains itself with --help."
+
+app = typer.Typer(
+    name="dinov2",
+    help="From a folder of raw images to a trained, evaluated vision backbone: embed, dedup, curate, pretrain, eval.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"dinov2cli {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    del version
+
+
+_DATA, _TRAIN, _LOOK = "Images", "Models", "Inspect"
+app.command("embed", rich_help_panel=_DATA)(embed.embed)
+app.command("dedup", rich_help_panel=_DATA)(dedup.dedup)
+app.command("curate", rich_help_panel=_DATA)(curate.curate)
+app.command("pretrain", rich_help_panel=_TRAIN)(pretrain.pretrain)
+app.add_typer(evaluate.app, name="eval", rich_help_panel=_TRAIN)
+app.command("demo", rich_help_panel=_LOOK)(demo.demo)
+app.command("info", rich_help_panel=_LOOK)(info.info)
+app.add_typer(recipes.app, name="recipes", rich_help_panel=_LOOK)
+app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the program and exit: 0 done, 1 failed, 2 usage or config, 3 input, 75 preempted, 130 Ctrl-C."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _preempt)
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="dinov2", standalone_mode=True)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except DinoError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl-C; what was finished is saved, the same command continues from there", 130)
+    except BrokenPipeError:  # the reader of our stdout has gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _unexpected(error)
+    return 0
+
+
+def _unexpected(error: Exception) -> int:
+    if os.environ.get("DINOV2_DEBUG"):
+        traceback.print_exc()
+    text = " ".join(str(error).split())[:300]
+    hint = "" if os.environ.get("DINOV2_DEBUG") else "; run again with DINOV2_DEBUG=1 for the traceback and report it"
+    return _fail(f"unexpected {type(error).__name__}: {text}{hint}", WorkError.exit_code)
+
+
+def _fail(text: str, code: int) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")
+    return code
+
+
+def _preempt(number: int, _frame: Any) -> NoReturn:
+    name = signal.Signals(number).name
+    raise Preempted(f"stopped by {name}; what was finished is saved, the same command continues from there")

@@ -1,0 +1,69 @@
+"""`dinov2 recipes`: list, show, copy and check recipes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinov2cli.cli.options import Json, Quiet
+
+app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
+Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A recipe's name or a YAML file.")]
+
+
+@app.command("ls")
+def ls(json_output: Json = False) -> None:
+    """List the recipes with what each is for."""
+    import json
+
+    from dinov2cli.recipe import recipe_names, recipe_path
+
+    found = {name: _purpose(recipe_path(name)) for name in recipe_names()}
+    if json_output:
+        print(json.dumps(found))  # noqa: T201
+        return
+    width = max(map(len, found))
+    for name, purpose in found.items():
+        print(f"{name.ljust(width)}  {purpose}")  # noqa: T201
+
+
+@app.command("show")
+def show(name: Name) -> None:
+    """Print a recipe."""
+    from dinov2cli.recipe import recipe_path
+
+    print(recipe_path(name).read_text(encoding="utf-8"), end="")  # noqa: T201
+
+
+@app.command("cp")
+def cp(name: Name, target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to put the copy.")]) -> None:
+    """Copy a recipe to a file of your own, to change it there."""
+    from dinov2cli.artifacts.output import write_aside
+    from dinov2cli.errors import UserError
+    from dinov2cli.recipe import recipe_path
+
+    if target.exists():
+        raise UserError(f"{target} exists; choose another name, or delete it first")
+    text = recipe_path(name).read_text(encoding="utf-8")
+    write_aside(target, lambda path: _write(path, text))
+    print(target)  # noqa: T201
+
+
+@app.command("validate")
+def validate(name: Name, quiet: Quiet = False) -> None:
+    """Check every key and value of a pretraining recipe without running it; all problems are listed at once."""
+    from dinov2cli.cli.talk import Talk
+    from dinov2cli.config import PretrainConfig
+    from dinov2cli.recipe import load_config
+
+    load_config(PretrainConfig, recipe=name)
+    Talk(quiet=quiet).say(f"{name}: valid")
+
+
+def _purpose(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

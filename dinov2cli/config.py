@@ -1,0 +1,257 @@
+"""Recipes as data: the settings of every command, each with its default and its bounds; `recipe.py` loads them.
+
+Plain values only; the command line turns them into keyword arguments, so no core room ever sees a config object.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(gt=0.0)]
+AmountOrZero = Annotated[float, Field(ge=0.0)]
+Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CommonConfig(Section):
+    """Keys of every command. `workers` and `device` never change a result, so they are no part of its identity."""
+
+    seed: CountOrZero = 0
+    workers: CountOrZero | None = None
+    device: str = "auto"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the resolved settings that shape the result, as plain JSON values."""
+        return self.model_dump(mode="json", exclude={"workers", "device", "log", "checkpoint"})
+
+
+class EmbedConfig(CommonConfig):
+    """Settings of `dinov2 embed`. `image_size` replaces the model's own preprocessing size."""
+
+    model: str | None = None
+    pool: Literal["cls", "mean", "cls+mean"] = "cls"
+    patch: bool = False
+    normalize: bool = True
+    image_size: Count | None = None
+    batch_size: Count = 64
+    shard_size: Count = 8192
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_bad_fraction: Share = 0.01
+
+
+class DedupConfig(CommonConfig):
+    """Settings of `dinov2 dedup`: edges from each tier, then one image kept per component."""
+
+    tiers: list[Literal["exact", "hash", "embedding"]] = ["exact", "hash", "embedding"]
+    hash_distance: CountOrZero | None = None
+    threshold: Cosine | None = None
+    against_threshold: Cosine = 0.45
+    neighbours: Count = 64
+    max_component: Count = 1000
+    index: str = "auto"
+    max_bad_fraction: Share = 0.01
+
+
+class CurateConfig(CommonConfig):
+    """Settings of `dinov2 curate`: retrieval with `--query`, balanced sampling without."""
+
+    mode: Literal["auto", "sample", "cluster"] = "auto"
+    target_size: Count | None = None
+    neighbours: Count | None = None
+    clusters: Count | None = None
+    levels: list[Count] | None = None
+    resample_steps: CountOrZero = 3
+    min_query_images: Count = 3
+    per_cluster: Count = 10_000
+    per_query_set: Count = 1_000_000
+    iterations: Count = 20
+    index: str = "auto"
+    model: str | None = None
+    max_bad_fraction: Share = 0.01
+
+
+class EvalConfig(CommonConfig):
+    """Settings shared by the evaluations of frozen features."""
+
+    image_size: Count | None = None
+    batch_size: Count = 64
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    max_bad_fraction: Share = 0.01
+
+
+class KnnConfig(EvalConfig):
+    """Settings of `dinov2 eval knn`."""
+
+    neighbours: list[Count] = [10, 20, 100, 200]
+    temperature: Amount = 0.07
+    pool: Literal["cls", "mean", "cls+mean"] = "cls"
+
+
+class LinearConfig(EvalConfig):
+    """Settings of `dinov2 eval linear`; learning rates are per 256 images."""
+
+    learning_rates: list[Amount] = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
+    blocks: list[Count] = [1, 4]
+    epochs: Count = 10
+    train_batch_size: Count = 128
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+
+
+class DataSection(Section):
+    """`batch_size` counts images per rank."""
+
+    batch_size: Count = 64
+    max_bad_fraction: Share = 0.01
+
+
+class ModelSection(Section):
+    """The backbone; None keeps the architecture's own value. `init_from` continues from the weights of any MODEL."""
+
+    arch: str = "vits14"
+    patch_size: Count | None = None
+    registers: CountOrZero | None = None
+    ffn: Literal["mlp", "swiglu"] | None = None
+    layerscale: Amount | None = 1e-5
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    drop_path_uniform: bool = True
+    init_from: str | None = None
+
+
+class HeadsSection(Section):
+    """Projection heads; `untied` gives iBOT a head of its own."""
+
+    prototypes: Count = 65536
+    ibot_prototypes: Count | None = None
+    hidden: Count = 2048
+    bottleneck: Count = 256
+    layers: Count = 3
+    untied: bool = True
+    freeze_gain: bool = True
+
+
+class LossSection(Section):
+    """Weights of the terms, the targets and their temperatures; the warm-up is a fraction of the run."""
+
+    dino_weight: AmountOrZero = 1.0
+    ibot_weight: AmountOrZero = 1.0
+    koleo_weight: AmountOrZero = 0.1
+    centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
+    sinkhorn_iterations: Count = 3
+    student_temperature: Amount = 0.1
+    teacher_temperature_start: Amount = 0.04
+    teacher_temperature: Amount = 0.07
+    teacher_temperature_warmup: Share = 0.3
+
+
+class MasksSection(Section):
+    """Share of global crops that are masked, and the ladder of mask ratios over them."""
+
+    probability: Share = 0.5
+    ratio_min: Share = 0.1
+    ratio_max: Share = 0.5
+
+
+class CropsSection(Section):
+    """Sizes in pixels (multiples of the patch size), scales as shares of the image's area."""
+
+    global_size: Count = 224
+    local_size: Count = 98
+    local_number: CountOrZero = 8
+    global_scale: tuple[Share, Share] = (0.32, 1.0)
+    local_scale: tuple[Share, Share] = (0.05, 0.32)
+
+
+class AugmentSection(Section):
+    """`blur: released` repeats the inverted probabilities that the released weights were trained with."""
+
+    blur: Literal["nominal", "released"] = "nominal"
+
+
+class OptimSection(Section):
+    """AdamW. `lr` belongs to a batch of `reference_batch` and is scaled by the square root of the batch ratio."""
+
+    lr: Amount = 4e-3
+    reference_batch: Count = 1024
+    min_lr: AmountOrZero = 1e-6
+    weight_decay: AmountOrZero = 0.04
+    weight_decay_end: AmountOrZero = 0.4
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    clip: AmountOrZero = 3.0
+    layerwise_decay: Share = 0.9
+    patch_embed_lr: AmountOrZero = 0.2
+    warmup: Share = 0.1
+    freeze_last_layer: Share = 0.01
+
+
+class TeacherSection(Section):
+    """Momentum of the exponential moving average, cosine from start to end."""
+
+    momentum: Share = 0.992
+    momentum_end: Share = 1.0
+
+
+class TrainSection(Section):
+    """Length of the run: `steps`, or a `budget` such as `100 epochs`, `20000 images`, `300 steps`."""
+
+    steps: Count | None = None
+    budget: str | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+class CheckpointSection(Section):
+    """A checkpoint every `every` steps and at the end; the newest `keep` stay."""
+
+    every: Count = 1000
+    keep: Count = 2
+
+
+class LogSection(Section):
+    """A line of metrics.jsonl every `every` steps."""
+
+    every: Count = 10
+
+
+class EvalSection(Section):
+    """Online k-NN on the training source's labels every `every` steps; 0 = never."""
+
+    every: CountOrZero = 0
+
+
+class PretrainConfig(CommonConfig):
+    """Settings of `dinov2 pretrain`: the short recipe of the paper, with every schedule a fraction of the run."""
+
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    heads: HeadsSection = HeadsSection()
+    loss: LossSection = LossSection()
+    masks: MasksSection = MasksSection()
+    crops: CropsSection = CropsSection()
+    augment: AugmentSection = AugmentSection()
+    optim: OptimSection = OptimSection()
+    teacher: TeacherSection = TeacherSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    eval: EvalSection = EvalSection()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "PretrainConfig":
+        if self.train.steps is not None and self.train.budget is not None:
+            raise ValueError("train.steps and train.budget both set, expected one of them")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self.crops, name)
+            if not 0 < low <= high:
+                raise ValueError(f"crops.{name} is [{low}, {high}], expected 0 < low <= high <= 1")
+        if self.masks.ratio_min > self.masks.ratio_max:
+            raise ValueError("masks.ratio_min is above masks.ratio_max, expected at most it")
+        return self

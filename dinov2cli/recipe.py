@@ -1,0 +1,187 @@
+"""Loading and merging of recipes: defaults < recipe < --set < flags. The only reader of YAML.
+
+Every problem of a config is found and reported at once, with where it came from and the nearest known key.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dinov2cli.errors import InputError, UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the program, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file of a recipe given by name or by path; InputError with the nearest names when there is none."""
+    if name in recipe_names():
+        return RECIPES / f"{name}.yaml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(
+        f"--config {name} is neither a recipe nor a file; {hint}recipes: {', '.join(recipe_names())} "
+        "(`dinov2 recipes ls`)"
+    )
+
+
+def load_config(
+    model: type[Config],
+    *,
+    recipe: str | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the validated config of `model` from a recipe, `a.b=c` strings and flags (dotted keys; None = not given).
+
+    Raises UserError listing every unknown key, bad value and malformed --set together.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    problems: list[str] = []
+    known = dict(dotted_keys(model))
+    if recipe is not None:
+        for key, value in _flatten(_read_yaml(recipe_path(recipe)), known):
+            _place(values, key, value)
+            origin[key] = f"recipe {recipe}"
+    for text in sets:
+        key, equals, raw = text.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"--set {text}: expected KEY=VALUE, as --set optim.lr=0.001")
+            continue
+        try:
+            value = _number(yaml.safe_load(raw))
+        except yaml.YAMLError:
+            problems.append(f"--set {text}: the value is not YAML, quote it")
+            continue
+        for name, leaf in _flatten({key.strip(): value}, known):
+            _place(values, name, leaf)
+            origin[name] = "--set"
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _place(values, key, value)
+            origin[key] = "flag"
+    problems += [_unknown(key, origin[key], known) for key in origin if key not in known]
+    for key in origin:
+        if key not in known:
+            _remove(values, key)
+    try:
+        config = model.model_validate(values)
+    except ValidationError as error:
+        problems += [_bad_value(detail, origin) for detail in error.errors()]
+    if problems:
+        count = f"{len(problems)} config error{'s' if len(problems) > 1 else ''}"
+        raise UserError("\n  ".join([f"{count}:", *problems]) if len(problems) > 1 else f"{count}: {problems[0]}")
+    return config
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, default) for every leaf of a config model."""
+    for name, info in model.model_fields.items():
+        section = _section(info.annotation)
+        if section is not None:
+            yield from dotted_keys(section, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info.default
+
+
+def to_yaml(config: BaseModel) -> str:
+    """Return a config as YAML, in the order of its fields; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"--config {path} is not YAML{where}; see `dinov2 recipes show tiny-cpu` for the form"
+        ) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} holds a {type(content).__name__}, expected keys with values")
+    return content
+
+
+def _flatten(content: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted leaves; a mapping is descended into unless its key is itself a known leaf."""
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in known and value:
+            yield from _flatten(value, known, f"{key}.")
+        elif value == {} and key not in known:
+            continue
+        else:
+            yield key, _number(value)
+
+
+def _number(value: Any) -> Any:
+    """Read `1e-3` as the number it is meant to be: YAML 1.1 wants `1.0e-3` and takes the short form for text."""
+    if isinstance(value, str) and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _place(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            child = values[parent] = {}
+        values = child
+    values[last] = value
+
+
+def _remove(values: dict[str, Any], key: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.get(parent, {})
+        if not isinstance(values, dict):
+            return
+    values.pop(last, None)
+
+
+def _unknown(key: str, origin: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:  # the right last word in the wrong section
+        near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    inside = [k for k in known if k.startswith(f"{key}.")]
+    if inside:
+        return f"{key} ({origin}): is a section, expected one of its keys, as {inside[0]}"
+    return f"{key} ({origin}): unknown key" + (f", did you mean {near[0]}?" if near else "")
+
+
+def _bad_value(detail: Any, origin: Mapping[str, str]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = next((k for n in range(len(location), 0, -1) if (k := ".".join(location[:n])) in origin), ".".join(location))
+    expected = detail["msg"].removeprefix("Value error, ")
+    expected = expected[:1].lower() + expected[1:]
+    if not key:
+        return expected
+    found = detail["input"]
+    return f"{key} ({origin.get(key, 'default')}): found {found!r}, {expected.replace('input should', 'should')}"

@@ -1,0 +1,206 @@
+"""Checkpoints of a run: `checkpoints/step_00001000/` as in DESIGN §3; no pickle is written or read.
+
+    student/ teacher/ optimizer/   sharded safetensors, by torch.distributed.checkpoint's Hugging Face storage
+    state.json                     step, RNG state, sampler position, elapsed time, length of the run
+
+A checkpoint is written beside its place and renamed, so a directory with the final name is complete; a killed run leaves
+at most a `.partial-…` directory, which the next save removes.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dinov2cli.errors import InputError, WorkError
+
+FORMAT = 1
+_NAME = re.compile(r"^step_(\d{8})$")
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint taken after `step` updates."""
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints under `root` (a run's `checkpoints/`), oldest first, as (step, path)."""
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in root.iterdir() if (m := _NAME.match(path.name))]
+    return sorted((step, path) for step, path in found if (path / "state.json").is_file())
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = list_checkpoints(root)
+    return found[-1][1] if found else None
+
+
+def rng_state(device: torch.device) -> dict[str, str]:
+    """State of torch's global generators (CPU and, on a GPU, that device's), as base64 text for JSON."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_rng_state(states: dict[str, str], device: torch.device) -> None:
+    """Restore what `rng_state` returned; a state of a device this process does not use is left out."""
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as '<parameter name>.<state name>' -> tensor (needs groups with `names`)."""
+    tensors: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}.{key}"] = value
+    return tensors
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    # Tensors that share memory (tied heads) would be written once per name, which is what loading expects.
+    detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    writer = HuggingFaceStorageWriter(
+        path=str(path), fqn_to_index_mapping=dict.fromkeys(detached, 1), save_distributed=True
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(detached, storage_writer=writer, no_dist=not torch.distributed.is_initialized())
+
+
+def _read_into(tensors: dict[str, Tensor], path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            storage_reader=HuggingFaceStorageReader(path=str(path)),
+            no_dist=not torch.distributed.is_initialized(),
+        )
+
+
+def _stored_names(path: Path) -> set[str]:
+    return set(HuggingFaceStorageReader(path=str(path)).read_metadata().state_dict_metadata)
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    student: nn.Module,
+    teacher: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of `step` under `root` and drop all but the newest `keep` (0 keeps every one).
+
+    `state` is JSON-able and comes back from `load_checkpoint`. Raises WorkError if the disk refuses; older checkpoints
+    are then still in place.
+    """
+    final = root / checkpoint_name(step)
+    partial = root / f".partial-{checkpoint_name(step)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".partial-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        _write(dict(student.state_dict()), partial / "student")
+        _write(dict(teacher.state_dict()), partial / "teacher")
+        if moments := optimizer_tensors(optimizer):
+            _write(moments, partial / "optimizer")
+        with open(partial / "state.json", "w") as file:
+            json.dump({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if final.exists():
+            os.rename(final, root / f".partial-old-{final.name}")
+        os.rename(partial, final)
+    except (OSError, CheckpointException) as error:
+        raise WorkError(
+            f"{final}: cannot write the checkpoint ({_cause(error)}); free space or choose another place; "
+            "the same command continues from the last complete checkpoint"
+        ) from error
+    if keep:
+        for _, old in list_checkpoints(root)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _cause(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[-1] if text else type(error).__name__
+
+
+def load_checkpoint(
+    path: Path, *, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict:
+    """Load weights and moments in place and return the JSON state (with `step`).
+
+    Raises InputError where the checkpoint does not hold exactly the tensors of these modules.
+    """
+    state = json.loads((path / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: found checkpoint format {state.get('format')!r}, expected {FORMAT}; "
+            "it was written by another version; start again with --overwrite"
+        )
+    for part, module in (("student", student), ("teacher", teacher)):
+        load_module(path / part, module)
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    moments: dict[str, Tensor] = {}
+    if (path / "optimizer").is_dir():
+        for stored in sorted(_stored_names(path / "optimizer")):
+            name, key = stored.rsplit(".", 1)
+            if name not in parameters:
+                raise InputError(
+                    f"{path}: the optimizer state of {name} has no parameter in this run; start again with --overwrite"
+                )
+            parameter = parameters[name]
+            # Adam counts steps in a 0-d float32 tensor, which the fused kernel wants on the parameter's device.
+            like = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+            moments[stored] = optimizer.state[parameter][key] = like
+        _read_into(moments, path / "optimizer")
+    return state
+
+
+def load_module(path: Path, module: nn.Module) -> None:
+    """Load one part ('student' or 'teacher') of a checkpoint into `module`, in place.
+
+    Raises InputError naming what differs if names or shapes do not match.
+    """
+    target = dict(module.state_dict())
+    stored = HuggingFaceStorageReader(path=str(path)).read_metadata().state_dict_metadata
+    differing = sorted(
+        name
+        for name in target.keys() | stored.keys()
+        if name not in target
+        or name not in stored
+        or tuple(getattr(stored[name], "size", ())) != tuple(target[name].shape)
+    )
+    if differing:
+        raise InputError(
+            f"{path}: the checkpoint is of another model ({len(differing)} tensors differ, first {differing[0]}); "
+            "use the config of the run, or start again with --overwrite"
+        )
+    _read_into(target, path)

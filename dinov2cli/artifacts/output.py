@@ -1,4 +1,4 @@
-"""An output directory being written: opened, resumed or refused by its manifest; files are written aside and renamed."""
+"""An output directory being written: opened, resumed or refused by its manifest; files are renamed into place."""
 
 import contextlib
 import errno

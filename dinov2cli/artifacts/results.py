@@ -14,7 +14,7 @@ from dinov2cli.errors import InputError
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One figure. `value`, `ci_low`, `ci_high` share the metric's unit (accuracies are fractions); `n` = test images."""
+    """One figure. `value`, `ci_low`, `ci_high` share the metric's unit (accuracies are fractions); `n` test images."""
 
     model: str
     task: str

@@ -44,5 +44,7 @@ def from_stdin(value: str) -> str:
         return value
     line = "" if sys.stdin.isatty() else sys.stdin.readline().strip()
     if not line:
-        raise UserError("- reads a path from stdin, but stdin is empty; pipe one in, as `dinov2 embed … | dinov2 dedup - …`")
+        raise UserError(
+            "- reads a path from stdin, but stdin is empty; pipe one in, as `dinov2 embed … | dinov2 dedup - …`"
+        )
     return line

@@ -1,0 +1,97 @@
+"""Config merging: precedence, and every error at once with its origin and the nearest key."""
+
+import pytest
+
+from dinov2cli.config import EmbedConfig, PretrainConfig
+from dinov2cli.errors import InputError, UserError
+from dinov2cli.recipe import dotted_keys, load_config, recipe_names, to_yaml
+
+
+def test_precedence_defaults_recipe_set_flags(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("seed: 1\noptim:\n  lr: 1e-3\n  clip: 1.0\ndata.batch_size: 8\n")
+    config = load_config(PretrainConfig, recipe=str(recipe))
+    assert (config.seed, config.optim.lr, config.optim.clip, config.data.batch_size) == (1, 1e-3, 1.0, 8)
+    assert config.optim.beta1 == 0.9
+    config = load_config(PretrainConfig, recipe=str(recipe), sets=["seed=2", "optim.lr=2e-3"])
+    assert (config.seed, config.optim.lr, config.optim.clip) == (2, 2e-3, 1.0)
+    config = load_config(PretrainConfig, recipe=str(recipe), sets=["seed=2"], flags={"seed": 3, "workers": None})
+    assert config.seed == 3
+
+
+def test_all_errors_are_listed_together(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("optim: {lrr: 1}\nlr: 3\n")
+    with pytest.raises(UserError) as caught:
+        load_config(PretrainConfig, recipe=str(recipe), sets=["data.batch_size=-3", "nonsense", "model=3", "zzz=1"])
+    assert str(caught.value).split("\n  ") == [
+        "6 config errors:",
+        "--set nonsense: expected KEY=VALUE, as --set optim.lr=0.001",
+        f"optim.lrr (recipe {recipe}): unknown key, did you mean optim.lr?",
+        f"lr (recipe {recipe}): unknown key, did you mean optim.lr?",
+        "model (--set): is a section, expected one of its keys, as model.arch",
+        "zzz (--set): unknown key",
+        "data.batch_size (--set): found -3, should be greater than 0",
+    ]
+
+
+def test_single_error_is_one_line():
+    with pytest.raises(UserError) as caught:
+        load_config(EmbedConfig, sets=["pol=mean"])
+    assert str(caught.value) == "1 config error: pol (--set): unknown key, did you mean pool?"
+
+
+@pytest.mark.parametrize(
+    ("sets", "text"),
+    [
+        (["train.steps=3", "train.budget=1 epochs"], "train.steps and train.budget both set, expected one of them"),
+        (["crops.local_scale=[0.5,0.2]"], r"crops.local_scale is \[0.5, 0.2\], expected 0 < low <= high <= 1"),
+        (["masks.ratio_min=0.9"], "masks.ratio_min is above masks.ratio_max"),
+        (["loss.centering=other"], r"loss.centering \(--set\): found 'other', should be 'sinkhorn' or 'softmax'"),
+    ],
+)
+def test_values_that_contradict(sets, text):
+    with pytest.raises(UserError, match=text):
+        load_config(PretrainConfig, sets=sets)
+
+
+def test_missing_and_broken_recipes(tmp_path):
+    with pytest.raises(InputError, match=r"--config tiny-cpuu is neither a recipe nor a file; did you mean tiny-cpu\?"):
+        load_config(PretrainConfig, recipe="tiny-cpuu")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: 2\n")
+    with pytest.raises(UserError, match=r"broken\.yaml is not YAML at line 2"):
+        load_config(PretrainConfig, recipe=str(broken))
+    broken.write_text("- 1\n")
+    with pytest.raises(UserError, match="holds a list, expected keys with values"):
+        load_config(PretrainConfig, recipe=str(broken))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid_and_says_what_it_is_for(name):
+    from dinov2cli.recipe import recipe_path
+
+    load_config(PretrainConfig, recipe=name)
+    assert recipe_path(name).read_text().startswith("# ")
+
+
+def test_yaml_round_trip(tmp_path):
+    config = load_config(PretrainConfig, recipe="tiny-cpu", sets=["optim.lr=3e-4"])
+    file = tmp_path / "c.yaml"
+    file.write_text(to_yaml(config))
+    assert load_config(PretrainConfig, recipe=str(file)) == config
+
+
+def test_names_that_scripts_rely_on():
+    keys = dict(dotted_keys(PretrainConfig))
+    fixed = "seed data.batch_size train.steps train.budget model.arch optim.lr checkpoint.every log.every eval.every"
+    fixed += " crops.global_size crops.local_size crops.local_number"
+    assert set(fixed.split()) <= set(keys)
+    assert keys["eval.every"] == 0
+    assert "tiny-cpu" in recipe_names()
+
+
+def test_identity_leaves_out_what_never_changes_a_result():
+    identity = PretrainConfig(workers=3, device="cpu").identity()
+    assert identity == PretrainConfig(workers=0).identity()
+    assert identity != PretrainConfig(seed=1).identity()

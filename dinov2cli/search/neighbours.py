@@ -121,9 +121,7 @@ def best_match(
     progress: Progress | None = None,
 ) -> tuple[Float32, Int64]:
     """For every row the most similar row of `reference`: cosine [N], row [N] (-1 where the reference is empty)."""
-    similarity, row = top_k(
-        reference, 1, queries=vectors, index=index, nprobe=nprobe, seed=seed, progress=progress
-    )
+    similarity, row = top_k(reference, 1, queries=vectors, index=index, nprobe=nprobe, seed=seed, progress=progress)
     return similarity[:, 0], row[:, 0]
 
 

@@ -53,6 +53,27 @@ class ArrayVectors:
         return np.ascontiguousarray(self._array[index], dtype=np.float32)
 
 
+class SubsetVectors:
+    """Some rows [M] of other `Vectors`, in the order given, without copying them."""
+
+    def __init__(self, inner: Vectors, index: Int64) -> None:
+        self._inner, self._index = inner, index
+
+    @property
+    def rows(self) -> int:
+        return len(self._index)
+
+    @property
+    def dim(self) -> int:
+        return self._inner.dim
+
+    def block(self, start: int, stop: int) -> Float32:
+        return self._inner.gather(self._index[start:stop])
+
+    def gather(self, index: Int64) -> Float32:
+        return self._inner.gather(self._index[index])
+
+
 class CheckedVectors:
     """A view of `Vectors` that refuses rows which are not finite and, with `unit`, makes every row of length 1.
 

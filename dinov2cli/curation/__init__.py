@@ -1,0 +1,1 @@
+"""Which images to keep: duplicate removal, retrieval from query sets, balanced sampling. Policies on top of search."""

@@ -3,12 +3,12 @@
 The published loop rewrites the whole matrix Q = exp(logits / T) at every normalisation. But Q only ever differs from
 E = exp(logits / T) by a factor per row and a factor per column, Q = diag(v) E diag(u), so it is enough to iterate
 
-    u = 1 / (E' v)        columns: every prototype gets the same share of the batch
+    u = (B / K) / (E' v)  columns: every prototype gets the same share of the batch
     v = 1 / (E u)         rows: every sample's target sums to one
 
-from v = 1. The loop's factors 1/K, 1/B (B the true number of rows over all ranks) and the first division by the total
-cancel against the row step that follows each of them, hence neither appears here, and ranks may hold different numbers
-of rows. Over ranks only K-vectors are exchanged: one maximum, then one sum per iteration.
+from v = 1, B being the true number of rows over all ranks, which may hold different numbers of them. (Constant factors,
+B / K among them, cancel in the row step that follows; it only keeps u and v from drifting by K / B per iteration.)
+Over ranks one row count and K-vectors are exchanged: one maximum, then one sum per iteration.
 
 Overflow: exp(logit / 0.04) leaves float32 once a logit exceeds 3.5, which trainable prototype norms allow. Here
 E is taken relative to the maximum c of each column (over all ranks) and then to the maximum r of each row of what is
@@ -16,7 +16,6 @@ left: E[m, k] = exp((logit[m, k] - c[k] - r[m]) / T) <= 1 with a 1 in every row 
 vanish or overflow, for any finite logits. The shifts are absorbed by u and v, but for the start v = exp(r / T).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,22 +111,21 @@ def _iterate(targets: SinkhornTargets, iterations: int, group: dist.ProcessGroup
     """Update the scale vectors in place; reads the kernel once per iteration, plus once before."""
     u, v, valid = targets.column_scale, targets.row_scale, targets.valid
     chunks = row_chunks(*targets.shape)
-    kernel: Callable[[int, int], Tensor] = lambda start, stop: _kernel_rows(targets, start, stop)  # noqa: E731
-    if len(chunks) == 1:
-        whole = kernel(*chunks[0])  # small enough to keep: exponentiate once
-        kernel = lambda _start, _stop: whole  # noqa: E731
+    rows = torch.full((), len(v), dtype=u.dtype, device=u.device) if valid is None else valid.sum().to(u.dtype)
+    share = reduce_sum(rows, group) / len(u)
+    kept = _kernel_rows(targets, *chunks[0]) if len(chunks) == 1 else None  # small enough: exponentiate once
     for iteration in range(iterations + 1):
         column_sum = torch.zeros_like(u)
         for start, stop in chunks:
-            block = kernel(start, stop)
+            block = _kernel_rows(targets, start, stop) if kept is None else kept
             if iteration > 0:  # the row step of the iteration before, fused with the column sum of this one
                 scale = (block @ u).reciprocal_()
                 v[start:stop] = scale if valid is None else torch.where(valid[start:stop], scale, 0)
             if iteration < iterations:
                 column_sum += v[start:stop] @ block
         if iteration < iterations:
-            # Sums are >= 1 / K by construction; the clamp only serves a batch without a single valid row anywhere.
-            torch.reciprocal(reduce_sum(column_sum, group).clamp_(min=torch.finfo(u.dtype).tiny), out=u)
+            # Sums are positive by construction; the clamp serves a batch without a single valid row anywhere.
+            torch.div(share, reduce_sum(column_sum, group).clamp_(min=torch.finfo(u.dtype).tiny), out=u)
 
 
 def _shifts(logits: Tensor, valid: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -112,12 +112,13 @@ class Block(nn.Module):
         ffn: str = "mlp",
         layerscale: float | None = 1e-5,
         qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.attn = Attention(embed_dim, num_heads, qkv_bias)
         self.ls1 = nn.Identity() if layerscale is None else LayerScale(embed_dim, layerscale)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.mlp: Mlp | SwiGLU
         if ffn == "swiglu":
             self.mlp = SwiGLU(embed_dim, swiglu_hidden(embed_dim, mlp_ratio))

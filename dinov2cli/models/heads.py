@@ -8,14 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def normalize(x: Tensor) -> Tensor:
-    """L2-normalise the last axis, safe in 16 bit.
+# Shortest length that is still stretched to 1. Its reciprocal is the largest gain of the gradient, which has to fit the
+# type: 1e6, the released code's for fp16, overflows there to inf when a vector is zero.
+_SHORTEST = {torch.float16: 1e-4, torch.bfloat16: 1e-6}
 
-    The norm is taken in float32 (squares of fp16 overflow at 256), and the floor is 1e-6 for 16-bit input: its
-    reciprocal is also the largest gradient gain, and 1e12 would overflow.
-    """
-    eps = 1e-6 if x.dtype in (torch.float16, torch.bfloat16) else 1e-12
-    return F.normalize(x.float(), dim=-1, eps=eps).to(x.dtype)
+
+def normalize(x: Tensor) -> Tensor:
+    """L2-normalise the last axis. In 16 bit the norm is taken in float32, for squares of fp16 overflow at 256."""
+    if x.dtype not in _SHORTEST:
+        return F.normalize(x, dim=-1)
+    return F.normalize(x.float(), dim=-1, eps=_SHORTEST[x.dtype]).to(x.dtype)
 
 
 class Prototypes(nn.Module):

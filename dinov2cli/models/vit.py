@@ -54,6 +54,7 @@ class VisionTransformer(nn.Module):
         qkv_bias: bool = True,
         num_register_tokens: int = 0,
         layerscale: float | None = 1e-5,
+        norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         drop_path_uniform: bool = True,
         interpolate_offset: float = 0.1,
@@ -65,7 +66,7 @@ class VisionTransformer(nn.Module):
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
         self.mlp_ratio, self.ffn, self.qkv_bias = mlp_ratio, ffn, qkv_bias
-        self.num_register_tokens, self.layerscale = num_register_tokens, layerscale
+        self.num_register_tokens, self.layerscale, self.norm_eps = num_register_tokens, layerscale, norm_eps
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
         self.grid = img_size // patch_size
         steps = max(depth - 1, 1)
@@ -79,10 +80,18 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, ffn=ffn, layerscale=layerscale, qkv_bias=qkv_bias)
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                ffn=ffn,
+                layerscale=layerscale,
+                qkv_bias=qkv_bias,
+                norm_eps=norm_eps,
+            )
             for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.init_weights(generator)
 
     @torch.no_grad()

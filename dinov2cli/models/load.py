@@ -1,0 +1,254 @@
+"""Opens a backbone from any MODEL: run, Hugging Face directory or hub name, official `.pth`, timm directory, name."""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dinov2cli.artifacts.manifest import has_manifest, require_kind
+from dinov2cli.artifacts.output import file_sha256
+from dinov2cli.errors import InputError, UserError
+from dinov2cli.models.files import read_json, read_pth, read_safetensors, read_weights, weight_files
+from dinov2cli.models.preprocess import Preprocess, default_preprocess, read_preprocess
+from dinov2cli.models.registry import ARCHITECTURES, build, parse_architecture, suggest
+from dinov2cli.models.vit import VisionTransformer
+from dinov2cli.models.weights import (
+    StateDict,
+    detect_format,
+    from_hf,
+    from_official,
+    from_timm,
+    infer_architecture,
+    load_strict,
+)
+
+log = logging.getLogger(__name__)
+
+_HF_TYPES = ("dinov2", "dinov2_with_registers")
+_HUB_NAME = re.compile(r"(?:hf:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_WEIGHT_FILES = (".pth", ".pt", ".safetensors")
+T = TypeVar("T")
+_ELSEWHERE = {"sscd": "dinov2 dedup", "onnx": "dinov2 dedup", "transformers": "dinov2 eval and fairness"}
+
+
+@dataclass
+class LoadedModel:
+    """A backbone ready for features.
+
+    `backbone` is in eval mode; `fingerprint` tells two models apart ({"file", "sha256"} or {"arch", "seed"});
+    `random` is true when no weights were read.
+    """
+
+    backbone: VisionTransformer
+    name: str
+    preprocess: Preprocess
+    random: bool
+    fingerprint: dict[str, Any]
+
+
+def load_model(
+    spec: str | Path, *, device: torch.device | str = "cpu", img_size: int | None = None, seed: int = 0
+) -> LoadedModel:
+    """Open the MODEL `spec`.
+
+    `img_size` changes the crop (and the resize in proportion) the model is used at; for an architecture name it is
+    also the grid of its position embedding. `seed` draws the random weights of an architecture name, which come with
+    a logged warning. Raises InputError for a model that is missing, unreadable or of another kind, UserError for an
+    image size the patch does not divide.
+    """
+    spec = str(spec)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        loaded = _load_directory(path, path.resolve().name)
+    elif path.is_file():
+        loaded = _load_file(path)
+    elif parse_architecture(spec) is not None:
+        loaded = _random_model(spec, img_size, seed)
+    else:
+        loaded = _load_hub(spec, path)
+    if img_size is not None:
+        loaded = replace(loaded, preprocess=loaded.preprocess.with_crop(img_size, loaded.backbone.patch_size))
+    loaded.backbone.to(device).eval()
+    return loaded
+
+
+def _random_model(arch: str, img_size: int | None, seed: int) -> LoadedModel:
+    backbone = build(arch, seed=seed, img_size=img_size)
+    log.warning("model %s has random weights (seed %d): its features are those of an untrained network", arch, seed)
+    preprocess = default_preprocess(backbone.img_size, backbone.patch_size)
+    fingerprint = {"arch": arch, "img_size": backbone.img_size, "seed": seed}
+    return LoadedModel(backbone, arch, preprocess, True, fingerprint)
+
+
+def _load_directory(path: Path, name: str) -> LoadedModel:
+    """A run, a Hugging Face or a timm directory, told apart by what is inside."""
+    if has_manifest(path):
+        require_kind(path, "run", complete=False)
+        if not (path / "export" / "config.json").is_file():
+            raise InputError(
+                f"{path} is a run without an export yet: let it finish (run the same command again to continue it)"
+            )
+    if (path / "export" / "config.json").is_file():
+        path = path / "export"
+    if not (path / "config.json").is_file():
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:4]) or "nothing"
+        raise InputError(
+            f"{path} holds no model (found {inside}): expected a run with export/, or config.json with "
+            "model.safetensors of a Hugging Face Dinov2 or timm model"
+        )
+    config = read_json(path / "config.json")
+    if config.get("model_type") in _HF_TYPES:
+        return _load_hf(path, name, config)
+    if "architecture" in config:
+        return _load_timm(path, name, config)
+    raise InputError(
+        f"{path}/config.json is of a model of type {config.get('model_type')!r}, expected {' or '.join(_HF_TYPES)} "
+        "(Hugging Face) or a timm config"
+    )
+
+
+def _load_hf(path: Path, name: str, config: dict[str, Any]) -> LoadedModel:
+    kwargs = _described(path / "config.json", lambda: hf_architecture(config))
+    state = read_weights(path)
+    backbone = _fill(kwargs, from_hf(state), str(path))
+    preprocess = default_preprocess(backbone.img_size, backbone.patch_size)
+    if (path / "preprocessor_config.json").is_file():
+        preprocess = read_preprocess(path / "preprocessor_config.json").fitted(backbone.patch_size)
+    return LoadedModel(backbone, name, preprocess, False, _fingerprint(weight_files(path)[0]))
+
+
+def hf_architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """VisionTransformer arguments from a Hugging Face config.json, defaults as in transformers.
+
+    Without our own `dinov2cli` entry positions are resampled as transformers does it: to the exact size, with
+    antialias for register models only. Raises KeyError, TypeError or ValueError for values that make no sense.
+    """
+    registers = int(config.get("num_register_tokens", 4)) if config["model_type"] != "dinov2" else 0
+    ours = config.get("dinov2cli", {})
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"hidden_act {config['hidden_act']!r} instead of 'gelu'")
+    return {
+        "img_size": _square(config.get("image_size", 224)),
+        "patch_size": _square(config.get("patch_size", 14 if config["model_type"] == "dinov2" else 16)),
+        "in_chans": int(config.get("num_channels", 3)),
+        "embed_dim": int(config.get("hidden_size", 768)),
+        "depth": int(config.get("num_hidden_layers", 12)),
+        "num_heads": int(config.get("num_attention_heads", 12)),
+        "mlp_ratio": float(config.get("mlp_ratio", 4)),
+        "ffn": "swiglu" if config.get("use_swiglu_ffn", False) else "mlp",
+        "qkv_bias": bool(config.get("qkv_bias", True)),
+        "num_register_tokens": registers,
+        "layerscale": float(config.get("layerscale_value", 1.0)),
+        "norm_eps": float(config.get("layer_norm_eps", 1e-6)),
+        "interpolate_offset": float(ours.get("interpolate_offset", 0.0)),
+        "interpolate_antialias": bool(ours.get("interpolate_antialias", bool(registers))),
+    }
+
+
+def _load_timm(path: Path, name: str, config: dict[str, Any]) -> LoadedModel:
+    state = from_timm(read_weights(path))
+    arguments, cfg = config.get("model_args") or {}, config.get("pretrained_cfg") or config
+    kwargs = _described(path, lambda: infer_architecture(state, arguments.get("num_heads")))
+    # timm always resamples positions to the exact size with antialias.
+    kwargs |= {"interpolate_offset": 0.0, "interpolate_antialias": True}
+    backbone = _fill(kwargs, state, str(path))
+
+    def preprocess() -> Preprocess:
+        default = default_preprocess(backbone.img_size, backbone.patch_size)
+        crop = int(cfg["input_size"][-1]) if "input_size" in cfg else default.crop
+        return Preprocess(
+            resize=round(crop / cfg.get("crop_pct", crop / default.resize)),
+            crop=crop,
+            mean=tuple(cfg.get("mean", default.mean)),
+            std=tuple(cfg.get("std", default.std)),
+            interpolation=cfg.get("interpolation", "bicubic"),
+        ).fitted(backbone.patch_size)
+
+    stored = _described(path / "config.json", preprocess)
+    return LoadedModel(backbone, name, stored, False, _fingerprint(weight_files(path)[0]))
+
+
+def _load_file(path: Path) -> LoadedModel:
+    """A single weights file; its architecture is read off the shapes."""
+    if path.suffix not in _WEIGHT_FILES:
+        raise InputError(f"{path} is not a model: expected a directory or a file ending in {', '.join(_WEIGHT_FILES)}")
+    checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read_pth(path)
+
+    def convert() -> StateDict:
+        state = from_official(checkpoint)
+        names = detect_format(state)
+        return from_hf(state) if names == "hf" else from_timm(state) if names == "timm" else state
+
+    state = _described(path, convert)
+    kwargs = _described(path, lambda: infer_architecture(state))
+    backbone = _fill(kwargs, state, str(path))
+    preprocess = default_preprocess(backbone.img_size, backbone.patch_size)
+    return LoadedModel(backbone, path.stem, preprocess, False, _fingerprint(path))
+
+
+def _load_hub(spec: str, path: Path) -> LoadedModel:
+    """A model on the hub, by `owner/name` or `owner/name@revision`; else the error for an unknown MODEL."""
+    scheme = spec.partition(":")[0]
+    if scheme in _ELSEWHERE and ":" in spec:
+        raise InputError(f"model {spec!r}: {scheme}: models are taken by {_ELSEWHERE[scheme]} only")
+    match = _HUB_NAME.fullmatch(spec)
+    # A name below an existing folder, or ending as a weights file, is a mistyped path rather than a hub name.
+    if match is None or (path.parent != Path(".") and path.parent.is_dir()) or path.suffix in _WEIGHT_FILES:
+        plain = ", ".join(name for name in ARCHITECTURES if "_reg" not in name)
+        raise InputError(
+            f"model {spec!r} not found: {suggest(spec)}Expected a run or model directory, a .pth file, a hub name "
+            f"(owner/name) or an architecture ({plain}, each also with _reg4)"
+        )
+    from huggingface_hub import snapshot_download  # slow to import, needed only here
+
+    try:
+        folder = snapshot_download(
+            match[1],
+            revision=match[2],
+            allow_patterns=["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"],
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same to the user
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model {spec!r} is no directory here and could not be fetched from the Hugging Face hub ({reason}): "
+            "check the name and the network, or give a local directory"
+        ) from None
+    return _load_directory(Path(folder), match[1])
+
+
+def _fill(kwargs: dict[str, Any], state: StateDict, source: str) -> VisionTransformer:
+    """A backbone of these numbers with these weights in float32."""
+    try:
+        with torch.device("meta"):
+            backbone = VisionTransformer(**kwargs)
+    except UserError as error:
+        raise InputError(f"{source}: {error}") from None
+    backbone.to_empty(device="cpu")
+    load_strict(backbone, state, source)
+    return backbone
+
+
+def _described(source: Path, read: Callable[[], T]) -> T:
+    """Call `read`, naming `source` in whatever is wrong with the values found there."""
+    try:
+        return read()
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"{source} does not describe a DINOv2 model ({type(error).__name__}: {error})") from None
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    return {"file": str(file), "sha256": file_sha256(file)}
+
+
+def _square(value: Any) -> int:
+    """One side out of 224 or [224, 224]."""
+    sides = value if isinstance(value, list) else [value, value]
+    if sides[0] != sides[-1]:
+        raise ValueError(f"a square is expected, found {sides}")
+    return int(sides[0])

@@ -1,0 +1,220 @@
+"""Weighted k-NN classification on frozen features (METHOD §8.17): all k of a list from one exact search.
+
+Not a search engine: curation's index-backed search lives in `search`. Here the training set fits in memory and every
+neighbour is exact, found in blocks so that the similarity matrix never exists whole.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dinov2cli.artifacts.results import ResultRow
+from dinov2cli.errors import InputError, UserError
+from dinov2cli.evaluation.intervals import DEFAULT_CONFIDENCE
+from dinov2cli.evaluation.scores import accuracy_row, require_finite, true_class_ranks
+
+DEFAULT_KS = (10, 20, 100, 200)
+DEFAULT_TEMPERATURE = 0.07
+# One block of similarities is 256 x 65,536 float32 values: 64 MiB.
+_TEST_BLOCK = 256
+_TRAIN_BLOCK = 65_536
+
+
+@dataclass(frozen=True)
+class KnnResult:
+    """Per-image outcome of the k-NN classifier for every k of `ks` (ascending, clipped to what the train set has)."""
+
+    ks: tuple[int, ...]
+    ranks: dict[int, np.ndarray]  # k -> int64 [n]: classes before the true one; n_classes when it got no vote
+    predictions: dict[int, np.ndarray]  # k -> int64 [n]
+    neighbours: np.ndarray  # int64 [n, max k]: rows of the train set, most similar first
+    similarities: np.ndarray  # float32 [n, max k]: cosine
+    n_classes: int
+    temperature: float
+    leave_one_out: bool
+    n_train: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def headline_k(self) -> int:
+        """The one k to quote: 20 where it was asked for, else the smallest. Fixed, never picked by its test score."""
+        return 20 if 20 in self.ks else self.ks[0]
+
+    def correct(self, k: int | None = None, *, top: int = 1) -> np.ndarray:
+        """Return right/wrong per test image, bool [n], at this k (default: `headline_k`)."""
+        return self.ranks[self.headline_k if k is None else k] < top
+
+    def rows(self, *, model: str, dataset: str, confidence: float = DEFAULT_CONFIDENCE) -> list[ResultRow]:
+        """Return rows `top1_k10`, `top5_k10`, ...; top-5 only where there are more than five classes."""
+        rows = []
+        for k in self.ks:
+            settings = {
+                "k": k,
+                "temperature": self.temperature,
+                "similarity": "cosine",
+                "classes": self.n_classes,
+                "train_images": self.n_train,
+                "leave_one_out": self.leave_one_out,
+            }
+            if self.notes:
+                settings["notes"] = self.notes
+            for top in (1, 5) if self.n_classes > 5 else (1,):
+                rows.append(
+                    accuracy_row(
+                        self.correct(k, top=top),
+                        model=model,
+                        task="knn",
+                        dataset=dataset,
+                        metric=f"top{top}_k{k}",
+                        settings=settings,
+                        seconds=self.seconds,
+                        confidence=confidence,
+                    )
+                )
+        return rows
+
+
+def clip_ks(ks: Sequence[int], available: int) -> tuple[tuple[int, ...], list[str]]:
+    """Return `ks` ascending, unique and at most `available` (training images a test image may vote from), and notes."""
+    if not ks or min(ks) < 1:
+        raise UserError(f"k is {list(ks)}, expected one or more whole numbers from 1: use --k 10,20,100,200")
+    if available < 1:
+        raise InputError("the training set leaves no neighbour to vote: k-NN needs at least one (two, leaving one out)")
+    clipped = sorted({min(int(k), available) for k in ks})
+    too_big = sorted({int(k) for k in ks if k > available})
+    notes = []
+    if too_big:
+        notes.append(f"k {', '.join(map(str, too_big))} clipped to the {available} training images there are")
+    return tuple(clipped), notes
+
+
+def nearest(
+    queries: torch.Tensor,
+    references: torch.Tensor,
+    k: int,
+    *,
+    leave_one_out: bool = False,
+    query_block: int = _TEST_BLOCK,
+    reference_block: int = _TRAIN_BLOCK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact k nearest rows of `references` [m, d] for `queries` [n, d] by inner product, both on one device.
+
+    Returns similarities float32 [n, k], descending, and rows int64 [n, k]. Memory beyond the output is one block of
+    similarities. With `leave_one_out` the two are the same images row by row and a query never finds its own row.
+    """
+    n, m = len(queries), len(references)
+    found_similarity = torch.empty(n, k, dtype=torch.float32, device=queries.device)
+    found_row = torch.empty(n, k, dtype=torch.int64, device=queries.device)
+    for start in range(0, n, query_block):
+        stop = min(start + query_block, n)
+        best: torch.Tensor | None = None
+        rows: torch.Tensor | None = None
+        for low in range(0, m, reference_block):
+            high = min(low + reference_block, m)
+            block = queries[start:stop] @ references[low:high].T
+            if leave_one_out and max(start, low) < min(stop, high):
+                own = torch.arange(max(start, low), min(stop, high), device=block.device)
+                block[own - start, own - low] = -torch.inf
+            part, index = block.topk(min(k, high - low), dim=1)
+            index += low
+            if best is None or rows is None:
+                best, rows = part, index
+            else:
+                best, rows = torch.cat([best, part], dim=1), torch.cat([rows, index], dim=1)
+                best, order = best.topk(min(k, best.shape[1]), dim=1)
+                rows = rows.gather(1, order)
+        assert best is not None and rows is not None
+        found_similarity[start:stop], found_row[start:stop] = best, rows
+    return found_similarity, found_row
+
+
+def _vote(
+    similarities: torch.Tensor,
+    labels: torch.Tensor,
+    truth: torch.Tensor,
+    ks: tuple[int, ...],
+    n_classes: int,
+    temperature: float,
+) -> tuple[dict[int, list[torch.Tensor]], dict[int, list[torch.Tensor]]]:
+    """Ranks and predictions per k from neighbours' similarities and labels [n, max k], and the true labels [n]."""
+    ranks: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    predictions: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    # Blocks of queries keep the table of class scores near 16 M values whatever the number of classes.
+    block = max(1, 16_000_000 // n_classes)
+    for start in range(0, len(truth), block):
+        stop = min(start + block, len(truth))
+        weights = F.softmax(similarities[start:stop] / temperature, dim=1)
+        scores = torch.zeros(stop - start, n_classes, device=weights.device)
+        used = 0
+        for k in ks:
+            # Votes of the first k add to those of the smaller k: the sums over prefixes that §8.17 asks for.
+            scores.scatter_add_(1, labels[start:stop, used:k], weights[:, used:k])
+            used = k
+            rank = true_class_ranks(scores, truth[start:stop])
+            unseen = scores.gather(1, truth[start:stop, None])[:, 0] == 0
+            ranks[k].append(rank.masked_fill(unseen, n_classes))
+            predictions[k].append(scores.argmax(dim=1))
+    return ranks, predictions
+
+
+def knn_classify(
+    train_features: np.ndarray | torch.Tensor,
+    train_labels: np.ndarray,
+    test_features: np.ndarray | torch.Tensor,
+    test_labels: np.ndarray,
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    temperature: float = DEFAULT_TEMPERATURE,
+    leave_one_out: bool = False,
+    device: str | torch.device = "cpu",
+    query_block: int = _TEST_BLOCK,
+    reference_block: int = _TRAIN_BLOCK,
+) -> KnnResult:
+    """Classify test features [n, d] by the weighted vote of their nearest train features [m, d]; labels are 0..C-1.
+
+    Neighbours are the largest cosines; each votes with softmax(cosine / temperature) taken over the largest k, and
+    smaller k sum the first votes only (METHOD §8.17). A true class without any vote counts as missed at every rank.
+    `leave_one_out`: train and test are the same images row by row, and no image votes for itself.
+    Raises UserError for k < 1 or a temperature that is not positive, WorkError for features that are not finite.
+    """
+    if not temperature > 0:
+        raise UserError(f"the k-NN temperature is {temperature}, expected a positive number: use 0.07")
+    started = time.perf_counter()
+    train = torch.as_tensor(train_features).to(device=device, dtype=torch.float32)
+    test = train if leave_one_out else torch.as_tensor(test_features).to(device=device, dtype=torch.float32)
+    used_ks, notes = clip_ks(ks, len(train) - leave_one_out)
+    require_finite(train, "the training set")
+    require_finite(test, "the test set")
+    train_y = torch.as_tensor(np.asarray(train_labels, dtype=np.int64)).to(device)
+    test_y = torch.as_tensor(np.asarray(test_labels, dtype=np.int64)).to(device)
+    n_classes = int(max(train_y.max(), test_y.max())) + 1
+    train = F.normalize(train, dim=1)
+    test = train if leave_one_out else F.normalize(test, dim=1)
+
+    similarities, rows = nearest(
+        test,
+        train,
+        used_ks[-1],
+        leave_one_out=leave_one_out,
+        query_block=query_block,
+        reference_block=reference_block,
+    )
+    ranks, predictions = _vote(similarities, train_y[rows], test_y, used_ks, n_classes, temperature)
+    return KnnResult(
+        ks=used_ks,
+        ranks={k: torch.cat(parts).cpu().numpy() for k, parts in ranks.items()},
+        predictions={k: torch.cat(parts).cpu().numpy() for k, parts in predictions.items()},
+        neighbours=rows.cpu().numpy(),
+        similarities=similarities.cpu().numpy(),
+        n_classes=n_classes,
+        temperature=temperature,
+        leave_one_out=leave_one_out,
+        n_train=len(train),
+        seconds=time.perf_counter() - started,
+        notes=notes,
+    )

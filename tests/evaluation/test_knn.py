@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from dinov2cli.errors import InputError, UserError, WorkError
+from dinov2cli.evaluation.knn import knn_classify, nearest
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    # A little noise: no two cosines are equal, so neighbours have one order.
+    images = images + np.random.default_rng(0).normal(0, 0.01, images.shape)
+    return images[:1200].astype(np.float32), labels[:1200], images[1200:].astype(np.float32), labels[1200:]
+
+
+def reference_votes(train, train_y, test, test_y, k, k_max, temperature, n_classes, leave_one_out=False):
+    """METHOD §8.17 in float64, one image at a time: predicted class and rank of the true one."""
+    train = train.astype(np.float64) / np.linalg.norm(train.astype(np.float64), axis=1, keepdims=True)
+    test = test.astype(np.float64) / np.linalg.norm(test.astype(np.float64), axis=1, keepdims=True)
+    predictions, ranks = [], []
+    for i, (image, truth) in enumerate(zip(test, test_y, strict=True)):
+        similarity = train @ image
+        if leave_one_out:
+            similarity[i] = -np.inf
+        order = np.argsort(-similarity)[:k_max]
+        weights = np.exp(similarity[order] / temperature)
+        weights /= weights.sum()
+        scores = np.zeros(n_classes)
+        for weight, label in zip(weights[:k], train_y[order][:k], strict=True):
+            scores[label] += weight
+        predictions.append(int(scores.argmax()))
+        ranks.append(int((scores > scores[truth]).sum()) if scores[truth] > 0 else n_classes)
+    return np.array(predictions), np.array(ranks)
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_equals_the_float64_loop(digits, leave_one_out):
+    train, train_y, test, test_y = digits
+    if leave_one_out:
+        train, train_y = test, test_y
+    result = knn_classify(train, train_y, test, test_y, ks=(10, 20, 100), leave_one_out=leave_one_out)
+    for k in (10, 20, 100):
+        predictions, ranks = reference_votes(train, train_y, test, test_y, k, 100, 0.07, 10, leave_one_out)
+        assert np.array_equal(result.predictions[k], predictions)
+        assert np.array_equal(result.ranks[k], ranks)
+
+
+def test_equals_scikit_learn_with_the_same_weights(digits):
+    train, train_y, test, test_y = digits
+    oracle = KNeighborsClassifier(
+        n_neighbors=20, algorithm="brute", metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(train, train_y)
+    result = knn_classify(train, train_y, test, test_y, ks=[20])
+    assert np.array_equal(result.predictions[20], oracle.predict(test))
+    assert result.correct(20).mean() == pytest.approx(oracle.score(test, test_y))
+    assert np.array_equal(np.sort(result.neighbours), np.sort(oracle.kneighbors(test, return_distance=False)))
+
+
+def test_blocks_do_not_change_the_answer():
+    # Small whole numbers: float32 products are exact, so every way of blocking must give the very same similarities.
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(0, 300, (61, 32), generator=generator).float()
+    references = torch.randint(0, 300, (500, 32), generator=generator).float()
+    expected = (queries @ references.T).sort(dim=1, descending=True).values[:, :50]
+    for query_block, reference_block in [(256, 65_536), (7, 31), (61, 500), (60, 499)]:
+        similarities, rows = nearest(queries, references, 50, query_block=query_block, reference_block=reference_block)
+        assert torch.equal(similarities, expected)
+        assert torch.equal((queries[:, None] * references[rows]).sum(-1), expected)
+        assert all(len(set(row)) == 50 for row in rows.tolist())
+
+
+@pytest.mark.parametrize("query_block, reference_block", [(100, 100), (7, 13), (13, 7), (1, 1)])
+def test_leave_one_out_never_finds_itself(query_block, reference_block):
+    x = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    _, rows = nearest(x, x, 39, leave_one_out=True, query_block=query_block, reference_block=reference_block)
+    for i, row in enumerate(rows.tolist()):
+        assert sorted(row) == [j for j in range(40) if j != i]
+    _, with_self = nearest(x, x, 1)
+    assert with_self[:, 0].tolist() == list(range(40))
+
+
+def test_votes_beyond_a_smaller_k_do_not_reach_it():
+    # The two nearest are class 0; eight farther ones of class 1 outvote them only at k = 10.
+    train = np.array([[1.0, 0.01 * i] for i in range(10)], dtype=np.float32)
+    labels = np.array([0, 0] + [1] * 8)
+    result = knn_classify(train, labels, np.array([[1.0, -0.001]]), np.array([0]), ks=(10, 2), temperature=10.0)
+    assert result.ks == (2, 10)
+    assert (result.predictions[2][0], result.predictions[10][0]) == (0, 1)
+
+
+def test_a_class_without_a_vote_is_missed_even_in_the_top_five():
+    train = np.eye(8, dtype=np.float32)
+    result = knn_classify(train, np.arange(8), train[:1], np.array([1]), ks=[1])
+    assert not result.correct(1, top=5)[0]
+    assert result.ranks[1][0] == 8
+
+
+def test_k_is_clipped_with_a_note(digits):
+    train, train_y, test, test_y = digits
+    result = knn_classify(train[:50], train_y[:50], test, test_y)
+    assert result.ks == (10, 20, 50)
+    assert result.notes == ["k 100, 200 clipped to the 50 training images there are"]
+    assert knn_classify(train[:50], train_y[:50], train[:50], train_y[:50], leave_one_out=True).ks == (10, 20, 49)
+
+
+def test_rows_name_k_and_carry_the_interval(digits):
+    train, train_y, test, test_y = digits
+    result = knn_classify(train, train_y, test, test_y)
+    rows = result.rows(model="pixels", dataset="digits")
+    assert [row.metric for row in rows] == [f"top{t}_k{k}" for k in (10, 20, 100, 200) for t in (1, 5)]
+    for row in rows:
+        assert row.task == "knn" and row.n == 597 and row.ci_low < row.value < row.ci_high
+        assert row.settings["train_images"] == 1200
+    assert rows[0].value > 0.9
+    assert result.headline_k == 20
+
+
+def test_impossible_requests_say_what_to_use():
+    x, y = np.eye(4, dtype=np.float32), np.arange(4)
+    with pytest.raises(UserError, match=r"^k is \[0\], expected one or more whole numbers from 1: use --k 10"):
+        knn_classify(x, y, x, y, ks=[0])
+    with pytest.raises(UserError, match=r"^the k-NN temperature is 0, expected a positive number: use 0.07$"):
+        knn_classify(x, y, x, y, temperature=0)
+    with pytest.raises(InputError, match="leaves no neighbour to vote"):
+        knn_classify(x[:1], y[:1], x[:1], y[:1], leave_one_out=True)
+    with pytest.raises(WorkError, match="1 of 4 feature vectors of the training set hold NaN"):
+        knn_classify(np.where(x > 2, 0, x) + np.array([[np.nan], [0], [0], [0]]), y, x, y)

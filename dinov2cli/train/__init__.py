@@ -1,1 +1,1 @@
-"""Self-supervised training: objective, optimizer, schedules, loop, checkpoints. Importing the package loads no torch."""
+"""Self-supervised training: objective, optimizer, schedules, loop, checkpoints. Importing this loads no torch."""

@@ -3,8 +3,8 @@
     student/ teacher/ optimizer/   sharded safetensors, by torch.distributed.checkpoint's Hugging Face storage
     state.json                     step, RNG state, sampler position, elapsed time, length of the run
 
-A checkpoint is written beside its place and renamed, so a directory with the final name is complete; a killed run leaves
-at most a `.partial-…` directory, which the next save removes.
+A checkpoint is written beside its place and renamed, so a directory with the final name is complete; a killed run
+leaves at most a `.partial-…` directory, which the next save removes.
 """
 
 import base64
@@ -143,14 +143,12 @@ def save_checkpoint(
     return final
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[-1] if text else type(error).__name__
 
 
-def load_checkpoint(
-    path: Path, *, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict:
+def load_checkpoint(path: Path, *, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Load weights and moments in place and return the JSON state (with `step`).
 
     Raises InputError where the checkpoint does not hold exactly the tensors of these modules.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def rankme(features: Tensor) -> float:
-    """Effective rank of [n, D] features: exp of the entropy of the normalised singular values (arXiv 2210.02885, eq. 1)."""
+    """Effective rank of [n, D] features: exp of the entropy of normalised singular values (RankMe, equation 1)."""
     singular = torch.linalg.svdvals(features.float())
     share = singular / singular.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
@@ -23,14 +23,14 @@ def rankme(features: Tensor) -> float:
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> float:
-    """Standard deviation over the batch of L2-normalised [n, D] features times sqrt(D): 1 spread evenly, 0 collapsed."""
+    """Spread of L2-normalised [n, D] features: standard deviation over the batch times sqrt(D). 1 even, 0 collapsed."""
     unit = F.normalize(features.float(), dim=-1)
     return float(unit.std(dim=0, unbiased=False).pow(2).mean().sqrt() * math.sqrt(features.shape[-1]))
 
 
 @torch.no_grad()
 def nearest_distance(features: Tensor) -> float:
-    """Mean Euclidean distance of L2-normalised [n, D] features to their nearest other one (what KoLeo spreads); 0 for n < 2."""
+    """Mean distance of L2-normalised [n, D] features to their nearest other one (what KoLeo spreads); 0 for n < 2."""
     if len(features) < 2:
         return 0.0
     unit = F.normalize(features.float(), dim=-1)
@@ -90,8 +90,8 @@ class Monitor:
         std, rank = metrics["feature_std"], metrics["rankme"]
         if std < 0.1:
             found["collapse"] = (
-                f"class tokens of different images are nearly the same (feature std {std:.3f}, 1 is even): the features "
-                "have collapsed; lower optim.lr or raise teacher.momentum"
+                f"class tokens of different images are nearly the same (feature std {std:.3f}, 1 is even): "
+                "the features have collapsed; lower optim.lr or raise teacher.momentum"
             )
         elif rank < 0.05 * self.rank_limit:
             found["rank"] = (
@@ -116,7 +116,8 @@ class Monitor:
             )
         if self.clip and metrics["grad_norm"] > 30 * self.clip:
             found["gradient"] = (
-                f"gradients are {metrics['grad_norm'] / self.clip:.0f} times the clip: lower optim.lr or lengthen optim.warmup"
+                f"gradients are {metrics['grad_norm'] / self.clip:.0f} times the clip: "
+                "lower optim.lr or lengthen optim.warmup"
             )
         return found
 

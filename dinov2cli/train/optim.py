@@ -13,7 +13,7 @@ _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 
 
 def layer_id(name: str, depth: int) -> int:
-    """Layer of a backbone parameter for layer-wise decay: 0 tokens and patch embedding, block i -> i + 1, rest depth + 1."""
+    """Layer of a backbone parameter for the decay: 0 tokens and patch embedding, i + 1 block i, depth + 1 the rest."""
     if name in _TOKENS or name.startswith("patch_embed."):
         return 0
     block = _BLOCK.search(name)
@@ -69,9 +69,7 @@ def build_optimizer(
 
     `student` is the module holding `backbone` (with `depth` blocks), `dino_head` and, when untied, `ibot_head`.
     """
-    groups = parameter_groups(
-        student, depth=depth, layerwise_decay=layerwise_decay, patch_embed_lr=patch_embed_lr
-    )
+    groups = parameter_groups(student, depth=depth, layerwise_decay=layerwise_decay, patch_embed_lr=patch_embed_lr)
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), weight_decay=0.0, fused=True)
 
 

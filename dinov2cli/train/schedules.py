@@ -92,21 +92,25 @@ _BUDGET = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([a-z]+)\s*$", re.IGNOR
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train: exactly one of a number of steps, of images seen, or of seconds."""
+    """How long to train: exactly one of a number of steps, of images seen, of epochs, or of seconds."""
 
     steps: int | None = None
     images: int | None = None
+    epochs: float | None = None
     seconds: float | None = None
 
-    def total_steps(self, total_batch: int) -> int | None:
+    def total_steps(self, total_batch: int, dataset_size: int) -> int | None:
         """Steps of the run with `total_batch` images a step over all ranks; None where time decides."""
-        if self.images is not None:
-            return max(1, math.ceil(self.images / total_batch))
-        return self.steps
+        if self.seconds is not None:
+            return None
+        if self.steps is not None:
+            return self.steps
+        images = self.images if self.images is not None else (self.epochs or 0) * dataset_size
+        return max(1, math.ceil(images / total_batch))
 
 
 def parse_budget(text: str) -> Budget:
-    """Read '300 steps', '20000 images', '90s', '5m', '1.5 h' or '2 days' (a bare m is minutes).
+    """Read '300 steps', '20000 images', '100 epochs', '90s', '5m', '1.5 h' or '2 days' (a bare m is minutes).
 
     Raises UserError, telling the accepted forms, for anything else and for zero.
     """
@@ -116,53 +120,60 @@ def parse_budget(text: str) -> Budget:
     if amount > 0:
         if singular in ("step", "image") and amount == int(amount):
             return Budget(steps=int(amount)) if singular == "step" else Budget(images=int(amount))
+        if singular == "epoch":
+            return Budget(epochs=amount)
         if singular in _SECONDS:
             return Budget(seconds=amount * _SECONDS[singular])
     raise UserError(
         f"train.budget: cannot read {text!r}; expected a positive amount with its unit: "
-        "'300 steps', '20000 images', '5m', '1.5h'"
+        "'300 steps', '20000 images', '100 epochs', '5m', '1.5h'"
     )
 
 
-@dataclass
 class RunLength:
     """The number of steps of a run, and for a budget in time its estimate from the measured rate.
 
-    A time budget is turned into steps once: while the first `calibration` of the time passes, the total follows the
-    measured rate; then it is fixed, and from there the run is as reproducible as one given in steps. The state goes
-    into the checkpoint, so a resumed run keeps its schedule.
+    A time budget is turned into steps once: while the first `calibration` (a fraction) of the time passes, `total`
+    follows the measured rate; then it is fixed, and from there the run is as reproducible as one given in steps. The
+    state goes into the checkpoint, so a resumed run keeps its schedule.
     """
 
-    total: int | None = None
-    seconds: float | None = None
-    calibration: float = 0.05
-    fixed: bool = True
+    warm_steps = 2
+    """Steps left out of the rate: they pay for the start of workers and libraries."""
+
+    def __init__(self, *, total: int | None = None, seconds: float | None = None, calibration: float = 0.05) -> None:
+        """Exactly one of `total` steps and `seconds` is given."""
+        if (total is None) == (seconds is None):
+            raise ValueError("give either total steps or seconds")
+        self.total = total if total is not None else 1000  # guess long until the rate is known
+        self.seconds, self.calibration = seconds, calibration
+        self.fixed = seconds is None
+        self._warm_elapsed = 0.0
 
     @classmethod
-    def of(cls, budget: Budget, total_batch: int) -> "RunLength":
-        """Length for a budget at this batch (all ranks)."""
-        total = budget.total_steps(total_batch)
-        return cls(total=total, seconds=budget.seconds, fixed=total is not None)
+    def of(cls, budget: Budget, *, total_batch: int, dataset_size: int) -> "RunLength":
+        """Length for a budget with `total_batch` images a step over all ranks and a set of `dataset_size` images."""
+        return cls(total=budget.total_steps(total_batch, dataset_size), seconds=budget.seconds)
 
     def update(self, steps_done: int, elapsed: float) -> int:
-        """Total steps, given `steps_done` steps in `elapsed` seconds of training since the run began."""
-        if self.fixed and self.total is not None:
+        """Total steps, given `steps_done` steps in `elapsed` seconds since the run began."""
+        if self.fixed or self.seconds is None:
             return self.total
-        assert self.seconds is not None
-        if steps_done < 2:
-            # The first step pays for start-up of workers and libraries; guess long until the rate is known.
-            self.total = max(self.total or 0, 1000)
+        if steps_done <= self.warm_steps:
+            self._warm_elapsed = elapsed
             return self.total
-        rate = steps_done / max(elapsed, 1e-9)
-        self.total = max(steps_done + 1, int(rate * self.seconds))
-        self.fixed = elapsed >= self.calibration * self.seconds and steps_done >= 10 or elapsed >= self.seconds
+        rate = (steps_done - self.warm_steps) / max(elapsed - self._warm_elapsed, 1e-9)
+        self.total = steps_done + max(0, int(rate * (self.seconds - elapsed)))
+        enough = steps_done >= self.warm_steps + 8 and elapsed >= self.calibration * self.seconds
+        self.fixed = enough or elapsed >= self.seconds
         return self.total
 
-    def state_dict(self) -> dict[str, float | int | bool | None]:
+    def state_dict(self) -> dict[str, float | int | bool]:
         """JSON-able state for the checkpoint."""
-        return {"total": self.total, "seconds": self.seconds, "fixed": self.fixed}
+        return {"total": self.total, "fixed": self.fixed, "warm_elapsed": self._warm_elapsed}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a checkpointed time estimate; a length given in steps stays as configured."""
         if self.seconds is not None:
-            self.total, self.fixed = state["total"], bool(state["fixed"])
+            self.total, self.fixed = int(state["total"]), bool(state["fixed"])
+            self._warm_elapsed = float(state["warm_elapsed"])

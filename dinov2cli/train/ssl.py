@@ -1,7 +1,7 @@
 """The DINOv2 objective on one batch: student, EMA teacher and the DINO + iBOT + KoLeo losses (METHOD §2, §8).
 
-Legend: G global crops (2), L local crops, B images, N patches of a global crop, M masked patches, D width, K prototypes.
-Global crops are laid out crop after crop, [G * B], also in the masks.
+Legend: G global crops (2), L local crops, B images, N patches of a global crop, M masked patches, D width,
+K prototypes. Global crops are laid out crop after crop, [G * B], also in the masks.
 """
 
 import copy
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dinov2cli.data.masks import masked_tokens
 from dinov2cli.errors import UserError
 from dinov2cli.losses.center import SoftmaxCenter
+from dinov2cli.losses.cross_entropy import RowTargets
 from dinov2cli.losses.dino import dino_loss
 from dinov2cli.losses.ibot import ibot_loss
 from dinov2cli.losses.koleo import koleo_loss
@@ -24,9 +25,11 @@ CENTERINGS = ("sinkhorn", "softmax")
 
 
 class Network(nn.Module):
-    """A backbone with its projection heads; with tied heads `ibot_head` is None and the DINO head serves patches too."""
+    """A backbone with its projection heads. Tied: `ibot_head` is None and the DINO head serves patches too."""
 
-    def __init__(self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead | None) -> None:
+    def __init__(
+        self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead | None
+    ) -> None:
         super().__init__()
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
 
@@ -152,11 +155,11 @@ def teacher_targets(
     temperature: float,
     iterations: int,
     group: torch.distributed.ProcessGroup | None = None,
-):
-    """Class tokens [G, B, D], DINO targets [G, B, K] and iBOT row targets [M, K] of the teacher, which sees crops whole.
+) -> tuple[Tensor, Tensor, RowTargets]:
+    """Class tokens [G, B, D], DINO targets [G, B, K], iBOT row targets [M, K] of the teacher, which sees crops whole.
 
-    global_crops [G, B, 3, S, S]; `indices` [M] into the [G * B * N] patches. Sinkhorn (or the centre) runs over the class
-    tokens of all crops and ranks together, and over all masked patches together (METHOD §8.7).
+    global_crops [G, B, 3, S, S]; `indices` [M] into the [G * B * N] patches. Sinkhorn (or the centre) runs over the
+    class tokens of all crops and ranks together, and over all masked patches together.
     """
     crops, batch = global_crops.shape[:2]
     tokens = model.teacher.backbone(global_crops.flatten(0, 1))
@@ -199,7 +202,8 @@ def ssl_losses(
         group=group,
     )
     student = model.student
-    views, view_masks = [global_crops.flatten(0, 1)], [masks]
+    views = [global_crops.flatten(0, 1)]
+    view_masks: list[Tensor | None] = [masks]
     n_locals = 0 if local_crops is None else local_crops.shape[0]
     if local_crops is not None and n_locals:
         views.append(local_crops.flatten(0, 1))

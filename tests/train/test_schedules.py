@@ -68,6 +68,7 @@ def test_lr_scales_with_the_root_of_the_batch():
         ("5m", Budget(seconds=300)),
         ("90s", Budget(seconds=90)),
         ("1.5 h", Budget(seconds=5400)),
+        ("100 epochs", Budget(epochs=100)),
         ("2 days", Budget(seconds=172800)),
         ("10 min", Budget(seconds=600)),
     ],
@@ -78,30 +79,45 @@ def test_budget_forms(text, budget):
 
 @pytest.mark.parametrize("text", ["", "5", "five minutes", "-3m", "0 steps", "2.5 steps", "3 weeks", "ms", "s"])
 def test_a_bad_budget_says_what_is_accepted(text):
-    with pytest.raises(UserError, match="train.budget: cannot read .*'300 steps', '20000 images', '5m', '1.5h'"):
+    with pytest.raises(
+        UserError, match=r"train\.budget: cannot read .*'300 steps', '20000 images', '100 epochs', '5m'"
+    ):
         parse_budget(text)
 
 
-def test_images_become_steps_rounded_up():
-    assert Budget(images=1000).total_steps(64) == 16
-    assert Budget(steps=7).total_steps(64) == 7
-    assert Budget(seconds=60).total_steps(64) is None
+def test_budgets_become_steps_rounded_up():
+    assert Budget(images=1000).total_steps(64, 500) == 16
+    assert Budget(steps=7).total_steps(64, 500) == 7
+    assert Budget(epochs=2.5).total_steps(64, 500) == 20
+    assert Budget(seconds=60).total_steps(64, 500) is None
+
+
+def timed(text: str) -> RunLength:
+    return RunLength.of(parse_budget(text), total_batch=64, dataset_size=500)
 
 
 def test_time_budget_is_fixed_after_calibration_and_survives_a_resume():
-    length = RunLength.of(parse_budget("100s"), 64)
-    assert length.update(0, 0.0) >= 1000  # unknown rate: warm-up is taken as long
-    assert length.update(4, 2.0) == 200  # 2 steps a second so far
+    length = timed("100s")
+    assert length.update(0, 0.0) == 1000  # unknown rate: warm-up is taken as long
+    assert length.update(2, 3.0) == 1000  # the first steps also start workers
+    assert length.update(4, 4.0) == 4 + 2 * 96  # 2 steps a second since then
     assert not length.fixed
-    assert length.update(20, 5.0) == 400
+    assert length.update(18, 7.0) == 18 + 4 * 93
     assert length.fixed
-    assert length.update(30, 50.0) == 400  # a slower machine later no longer changes the schedule
-    resumed = RunLength.of(parse_budget("100s"), 64)
+    assert length.update(30, 50.0) == 390  # a slower machine later no longer changes the schedule
+    resumed = timed("100s")
     resumed.load_state_dict(length.state_dict())
-    assert resumed.update(31, 51.0) == 400
+    assert resumed.update(31, 51.0) == 390
+
+
+def test_time_budget_ends_even_if_every_step_is_slow():
+    length = timed("10s")
+    length.update(1, 4.0)
+    length.update(2, 8.0)
+    assert length.update(3, 12.0) == 3
 
 
 def test_length_given_in_steps_follows_the_config_not_the_checkpoint():
-    length = RunLength.of(Budget(steps=10), 64)
-    length.load_state_dict(RunLength.of(Budget(steps=5), 64).state_dict())
+    length = RunLength(total=10)
+    length.load_state_dict(RunLength(total=5).state_dict())
     assert length.update(0, 0.0) == 10

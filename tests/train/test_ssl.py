@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,8 +11,6 @@ from dinov2cli.data.masks import make_masks
 from dinov2cli.errors import UserError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train.ssl import Objective, SSLModel, build_ssl_model, ssl_losses
-
-import numpy as np
 
 BATCH, LOCALS, STUDENT_T, TEACHER_T = 6, 3, 0.1, 0.05
 

@@ -1,0 +1,66 @@
+"""What a run writes while it goes: `metrics.jsonl` (one line per log step) and `log.txt`. Both survive kill -9."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dinov2cli.errors import WorkError
+
+
+class Journal:
+    """The two text files of a run directory. `say` also receives every log line, for whoever shows progress."""
+
+    def __init__(self, run: Path, say: Callable[[str], None] | None = None) -> None:
+        self.metrics_path, self.log_path = run / "metrics.jsonl", run / "log.txt"
+        self._say = say
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics past `step`, and a half-written last line: what comes now will write them again."""
+        if not self.metrics_path.exists():
+            return
+        kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step]
+        aside = self.metrics_path.with_name(".metrics.jsonl.partial")
+        try:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(aside, self.metrics_path)
+        except OSError as error:
+            raise _cannot_write(self.metrics_path, error) from error
+
+    def metrics(self, values: Mapping[str, float | None]) -> None:
+        """Append one line; numbers that are not finite become null, which JSON can hold."""
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
+        self._append(self.metrics_path, json.dumps(finite))
+
+    def log(self, text: str) -> None:
+        """Append one line of prose with the time."""
+        self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        if self._say:
+            self._say(text)
+
+    def _append(self, path: Path, line: str) -> None:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> WorkError:
+    return WorkError(
+        f"cannot write {path}: {(error.strerror or str(error)).lower()}; "
+        "make room and run the same command to continue from the last checkpoint"
+    )
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Lines of a `metrics.jsonl`, in order; a last line cut short by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

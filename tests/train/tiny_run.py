@@ -1,0 +1,87 @@
+"""A small real run for the tests, here or as `python tiny_run.py RUN STEPS`: tiles of a photograph of scikit-learn."""
+
+import sys
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_sample_image
+
+from dinov2cli.data.augment import Augment
+from dinov2cli.data.crops import MultiCrop
+from dinov2cli.models.vit import VisionTransformer
+from dinov2cli.train.loop import TrainResult, train
+from dinov2cli.train.optim import build_optimizer
+from dinov2cli.train.parallel import setup
+from dinov2cli.train.schedules import RunLength, Schedules
+from dinov2cli.train.ssl import Objective, SSLModel, build_ssl_model
+
+BATCH, SEED = 8, 7
+
+
+class TileLoader:
+    """Batches of crops of 64-pixel tiles of one photograph, keyed on the batch number alone."""
+
+    def __init__(self) -> None:
+        image = load_sample_image("china.jpg")
+        self.tiles = [image[y : y + 64, x : x + 64] for y in range(0, 384, 64) for x in range(0, 640, 64)]
+        self.crop = MultiCrop(global_size=32, local_size=16, local_number=2)
+        self.position = 0
+
+    def __iter__(self):
+        while True:
+            order = torch.randperm(len(self.tiles), generator=torch.Generator().manual_seed(self.position))[:BATCH]
+            crops = [self.crop(self.tiles[i], SEED, self.position, i) for i in order.tolist()]
+            epoch = torch.full((BATCH,), self.position)
+            self.position += 1
+            yield {
+                "global_crops": torch.stack([c[0] for c in crops], dim=1),
+                "local_crops": torch.stack([c[1] for c in crops], dim=1),
+                "index": order,
+                "epoch": epoch,
+            }
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def tiny_model(*, centering: str = "sinkhorn", embed_dim: int = 32) -> SSLModel:
+    backbone = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=embed_dim,
+        depth=2,
+        num_heads=2,
+        layerscale=1.0,
+        drop_path=0.3,
+        generator=torch.Generator().manual_seed(SEED),
+    )
+    return build_ssl_model(backbone, prototypes=64, hidden=64, bottleneck=32, layers=2, centering=centering, seed=SEED)
+
+
+def tiny_train(run: Path, steps: int, *, model: SSLModel | None = None, lr: float = 2e-3, **settings) -> TrainResult:
+    """Train to `steps` of a run whose schedules are laid out for `steps` (or settings['length'])."""
+    run.mkdir(parents=True, exist_ok=True)
+    model = model or tiny_model()
+    defaults = {
+        "objective": Objective(),
+        "optimizer": build_optimizer(model.student, depth=2, layerwise_decay=0.9),
+        "schedules": Schedules(lr=lr, momentum=0.9),
+        "length": RunLength(total=steps),
+        "loader": TileLoader(),
+        "augment": Augment(),
+        "batch_size": BATCH,
+        "global_size": 32,
+        "parallel": setup("cpu"),
+        "seed": SEED,
+        "checkpoint_every": 5,
+        "log_every": 1,
+    }
+    return train(run, model=model, **(defaults | settings))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tiny_train(Path(sys.argv[1]), int(sys.argv[2]), on_metrics=lambda line, total: print(line["step"], flush=True))

@@ -131,8 +131,7 @@ class Trainer:
         started = time.monotonic() - self.elapsed
         total = self.length.update(self.step, self.elapsed)
         with StopRequest() as stop:
-            # Workers start with the first batch; a finished run needs none.
-            batches = iter(self.loader) if self.step < total else iter(())
+            batches = iter(self.loader)  # workers start with the first batch: a finished run has none
             while self.step < total:
                 waiting = time.perf_counter()
                 batch = next(batches)

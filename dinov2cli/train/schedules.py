@@ -99,12 +99,17 @@ class Budget:
     epochs: float | None = None
     seconds: float | None = None
 
-    def total_steps(self, total_batch: int, dataset_size: int) -> int | None:
-        """Steps of the run with `total_batch` images a step over all ranks; None where time decides."""
+    def total_steps(self, total_batch: int, dataset_size: int = 0) -> int | None:
+        """Steps of the run with `total_batch` images a step over all ranks; None where time decides.
+
+        `dataset_size` images are an epoch; only a budget in epochs asks for it.
+        """
         if self.seconds is not None:
             return None
         if self.steps is not None:
             return self.steps
+        if self.images is None and not dataset_size:
+            raise ValueError("a budget in epochs needs the number of images")
         images = self.images if self.images is not None else (self.epochs or 0) * dataset_size
         return max(1, math.ceil(images / total_batch))
 
@@ -142,38 +147,38 @@ class RunLength:
     """Steps left out of the rate: they pay for the start of workers and libraries."""
 
     def __init__(self, *, total: int | None = None, seconds: float | None = None, calibration: float = 0.05) -> None:
-        """Exactly one of `total` steps and `seconds` is given."""
+        """Exactly one of `total` steps and `seconds` is given. `total` is None until a rate has been measured."""
         if (total is None) == (seconds is None):
             raise ValueError("give either total steps or seconds")
-        self.total = total if total is not None else 1000  # guess long until the rate is known
-        self.seconds, self.calibration = seconds, calibration
+        self.total, self.seconds, self.calibration = total, seconds, calibration
         self.fixed = seconds is None
         self._warm_elapsed = 0.0
 
     @classmethod
-    def of(cls, budget: Budget, *, total_batch: int, dataset_size: int) -> "RunLength":
+    def of(cls, budget: Budget, total_batch: int, dataset_size: int = 0) -> "RunLength":
         """Length for a budget with `total_batch` images a step over all ranks and a set of `dataset_size` images."""
         return cls(total=budget.total_steps(total_batch, dataset_size), seconds=budget.seconds)
 
     def update(self, steps_done: int, elapsed: float) -> int:
         """Total steps, given `steps_done` steps in `elapsed` seconds since the run began."""
-        if self.fixed or self.seconds is None:
+        if self.total is not None and (self.fixed or self.seconds is None):
             return self.total
+        assert self.seconds is not None
         if steps_done <= self.warm_steps:
             self._warm_elapsed = elapsed
-            return self.total
+            return 1000  # a guess on the long side: the warm-up has hardly begun
         rate = (steps_done - self.warm_steps) / max(elapsed - self._warm_elapsed, 1e-9)
         self.total = steps_done + max(0, int(rate * (self.seconds - elapsed)))
         enough = steps_done >= self.warm_steps + 8 and elapsed >= self.calibration * self.seconds
         self.fixed = enough or elapsed >= self.seconds
         return self.total
 
-    def state_dict(self) -> dict[str, float | int | bool]:
+    def state_dict(self) -> dict[str, float | int | bool | None]:
         """JSON-able state for the checkpoint."""
         return {"total": self.total, "fixed": self.fixed, "warm_elapsed": self._warm_elapsed}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a checkpointed time estimate; a length given in steps stays as configured."""
         if self.seconds is not None:
-            self.total, self.fixed = int(state["total"]), bool(state["fixed"])
+            self.total, self.fixed = state["total"], bool(state["fixed"])
             self._warm_elapsed = float(state["warm_elapsed"])

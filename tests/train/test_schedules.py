@@ -93,7 +93,7 @@ def test_budgets_become_steps_rounded_up():
 
 
 def timed(text: str) -> RunLength:
-    return RunLength.of(parse_budget(text), total_batch=64, dataset_size=500)
+    return RunLength.of(parse_budget(text), 64)
 
 
 def test_time_budget_is_fixed_after_calibration_and_survives_a_resume():

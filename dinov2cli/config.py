@@ -48,31 +48,44 @@ class EmbedConfig(CommonConfig):
 
 
 class DedupConfig(CommonConfig):
-    """Settings of `dinov2 dedup`: edges from each tier, then one image kept per component."""
+    """Settings of `dinov2 dedup`: edges from each tier, then one image kept per component.
 
-    tiers: list[Literal["exact", "hash", "embedding"]] = ["exact", "hash", "embedding"]
-    hash_distance: CountOrZero | None = None
+    `tiers` None runs what the input allows; thresholds None are those of the kind of model. `hash_radius` counts
+    differing bits of 256.
+    """
+
+    tiers: list[Literal["exact", "perceptual", "embedding"]] | None = None
+    hash_radius: CountOrZero | None = None
     threshold: Cosine | None = None
-    against_threshold: Cosine = 0.45
+    against_threshold: Cosine | None = None
+    against_components: bool = False
     neighbours: Count = 64
+    nprobe: Count = 16
     max_component: Count = 1000
     index: str = "auto"
+    model: str | None = None
     max_bad_fraction: Share = 0.01
 
 
 class CurateConfig(CommonConfig):
-    """Settings of `dinov2 curate`: retrieval with `--query`, balanced sampling without."""
+    """Settings of `dinov2 curate`: retrieval with `--query`, balanced sampling without.
 
-    mode: Literal["auto", "sample", "cluster"] = "auto"
+    `neighbours` per query image (sample mode), `clusters` of the pool (cluster mode), `levels` of the tree (without
+    query, finest first). A cluster is used when it holds more than `more_than` images of a query set.
+    """
+
+    mode: Literal["auto", "sample", "cluster", "balanced"] = "auto"
     target_size: Count | None = None
-    neighbours: Count | None = None
+    neighbours: Count = 4
+    nprobe: Count = 64
     clusters: Count | None = None
+    more_than: CountOrZero = 3
+    per_cluster: Count = 10_000
+    per_set: Count = 1_000_000
     levels: list[Count] | None = None
     resample_steps: CountOrZero = 3
-    min_query_images: Count = 3
-    per_cluster: Count = 10_000
-    per_query_set: Count = 1_000_000
     iterations: Count = 20
+    strategy: Literal["random", "closest"] = "random"
     index: str = "auto"
     model: str | None = None
     max_bad_fraction: Share = 0.01
@@ -135,7 +148,7 @@ class HeadsSection(Section):
     bottleneck: Count = 256
     layers: Count = 3
     untied: bool = True
-    freeze_gain: bool = True
+    freeze_gain: bool = False
 
 
 class LossSection(Section):
@@ -171,9 +184,17 @@ class CropsSection(Section):
 
 
 class AugmentSection(Section):
-    """`blur: released` repeats the inverted probabilities that the released weights were trained with."""
+    """Colour augmentation. `blur: released` repeats the inverted probabilities the released weights were trained with.
 
+    `jitter` holds the strengths of brightness, contrast, saturation and hue; `blur_sigma` is in pixels of the crop.
+    """
+
+    jitter: tuple[AmountOrZero, AmountOrZero, AmountOrZero, AmountOrZero] = (0.4, 0.4, 0.2, 0.1)
+    jitter_probability: Share = 0.8
+    gray_probability: Share = 0.2
     blur: Literal["nominal", "released"] = "nominal"
+    blur_sigma: tuple[Amount, Amount] = (0.1, 2.0)
+    solarize_probability: Share = 0.2
 
 
 class OptimSection(Section):

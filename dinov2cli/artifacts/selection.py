@@ -33,10 +33,13 @@ def write_selection(
     kept: pa.Table,
     dropped: pa.Table,
     groups: pa.Table | None = None,
+    hits: pa.Table | None = None,
     report: str | None = None,
     **extra: Any,
 ) -> Manifest:
     """Write the tables (and the HTML report) of a selection and finish the output; `rows` counts the kept images.
+
+    `hits` holds every (query, image) pair behind a retrieval.
 
     Raises ValueError when a table lacks a column of the format.
     """
@@ -52,6 +55,8 @@ def write_selection(
         if absent:
             raise ValueError(f"{name} table lacks {absent}")
         out.write_table(f"{name}.parquet", table)
+    if hits is not None:
+        out.write_table("hits.parquet", hits)
     if report is not None:
         out.write_text("report.html", report)
     return out.finish(rows=kept.num_rows, kept=kept.num_rows, dropped=dropped.num_rows, **extra)

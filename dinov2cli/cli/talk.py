@@ -67,6 +67,18 @@ class Talk:
             lines.close()
 
 
+def absolute(advance: Advance) -> Callable[[int, int], None]:
+    """Adapt `advance` to a core function that reports (units done so far, units in all)."""
+    seen = 0
+
+    def update(done: int, _total: int) -> None:
+        nonlocal seen
+        advance(max(done - seen, 0))
+        seen = done
+
+    return update
+
+
 class _ProgressLines:
     """Progress for logs: a line every ten seconds and one at the end."""
 

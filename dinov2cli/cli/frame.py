@@ -1,0 +1,67 @@
+"""Steps that every command shares: its command line for the manifest, its workers, its dry run."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from dinov2cli.artifacts.manifest import Manifest, config_hash
+from dinov2cli.artifacts.output import Output, inspect_output
+from dinov2cli.cli.talk import Talk
+
+
+def command_line() -> str:
+    """Return the command as typed, for the manifest."""
+    return shlex.join(["dinov2", *sys.argv[1:]])
+
+
+def workers_for(asked: int | None, *, limit: int = 16) -> int:
+    """Return the number of decoding processes: as asked, else the cores of this process less one for the main one."""
+    if asked is not None:
+        return asked
+    return min(limit, max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+def open_output(
+    talk: Talk,
+    path: Path,
+    kind: str,
+    *,
+    config: dict[str, Any],
+    seed: int,
+    inputs: list[dict[str, Any]],
+    overwrite: bool,
+) -> Output | None:
+    """Open the output of a command; None when the work there is done already, which the user is told."""
+    out = Output.open(path, kind, command=command_line(), config=config, seed=seed, inputs=inputs, overwrite=overwrite)
+    if out.done:
+        out.close()
+        talk.say(f"{path}: already done, nothing to do (--overwrite does it again)")
+        talk.result(path, **result_fields(out.manifest), already_done=True)
+        return None
+    if out.resumed:
+        talk.say(f"{path}: continuing where an earlier run stopped")
+    return out
+
+
+def check_output(
+    path: Path, kind: str, *, config: dict[str, Any], inputs: list[dict[str, Any]], overwrite: bool
+) -> str:
+    """For a dry run: refuse what `open_output` would refuse, without writing; return what would happen at `path`."""
+    fresh = Manifest(kind=kind, config=_plain(config), config_hash=config_hash(config), inputs=_plain(inputs))
+    old = inspect_output(path, fresh, overwrite=overwrite)
+    if old is None:
+        return "new" if not path.exists() else "replaced" if overwrite else "new"
+    return "already done" if old.complete else "continued"
+
+
+def result_fields(manifest: Manifest) -> dict[str, Any]:
+    """Return the fields of a manifest that `--json` prints."""
+    return {"kind": manifest.kind, "rows": manifest.rows, "seconds": manifest.seconds, **manifest.extra}
+
+
+def _plain(value: Any) -> Any:
+    import json
+
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,63 @@
+"""What `dedup` and `curate` share: embeddings for inputs that come as images."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dinov2cli.cli.talk import Talk
+    from dinov2cli.config import CurateConfig, DedupConfig
+    from dinov2cli.curation.collection import Collection
+
+
+def with_vectors(
+    collection: "Collection",
+    config: "DedupConfig | CurateConfig",
+    talk: "Talk",
+    place: Path,
+    *,
+    like: "Collection | None" = None,
+) -> "Collection":
+    """Return `collection` with vectors, embedding its images into `place` when it has none.
+
+    `like` is the collection it will be compared with: its model is used, and embeddings of another model are refused.
+    Raises UserError when there is neither a model nor embeddings.
+    """
+    from dinov2cli.cli.embed import run_embed
+    from dinov2cli.config import EmbedConfig
+    from dinov2cli.curation.collection import open_collection
+    from dinov2cli.errors import InputError, UserError
+
+    settings = None if like is None or like.embeddings is None else like.embeddings.manifest.config
+    if collection.vectors is not None:
+        if like is not None and like.embeddings is not None and collection.embeddings is not None:
+            ours, theirs = _made_by(collection), _made_by(like)
+            if ours != theirs:
+                raise InputError(
+                    f"{collection.spec} was embedded by {ours}, {like.spec} by {theirs}; expected the same model: "
+                    "embed one of them again"
+                )
+        return collection
+    if settings is not None:
+        embed_config = EmbedConfig.model_validate({**settings, "workers": config.workers, "device": config.device})
+    elif config.model is not None:
+        embed_config = EmbedConfig(
+            model=config.model, seed=config.seed, workers=config.workers, device=config.device,
+            max_bad_fraction=config.max_bad_fraction,
+        )  # fmt: skip
+    else:
+        raise UserError(
+            f"{collection.spec} holds images without embeddings; give -m MODEL, or the output of `dinov2 embed`"
+        )
+    run_embed(collection.spec, place, embed_config, talk, report=False)
+    embedded = open_collection(str(place))
+    return replace(embedded, spec=collection.spec, fingerprint=collection.fingerprint)
+
+
+def _made_by(collection: "Collection") -> str:
+    """Model and pooling of a collection's embeddings, in words that two of them can be compared by."""
+    assert collection.embeddings is not None
+    manifest = collection.embeddings.manifest
+    weights = next((entry for entry in manifest.inputs if entry.get("kind") == "model"), {})
+    named = {key: value for key, value in weights.items() if key not in ("spec", "kind", "file")}
+    return f"{weights.get('spec', manifest.config.get('model'))} ({manifest.config.get('pool')}, {named})"

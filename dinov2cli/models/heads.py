@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 # Shortest length that is still stretched to 1. Its reciprocal is the largest gain of the gradient, which has to fit the
 # type: 1e6, the released code's for fp16, overflows there to inf when a vector is zero.
 _SHORTEST = {torch.float16: 1e-4, torch.bfloat16: 1e-6}

@@ -251,7 +251,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Any], source: str) -> None
     }
     found = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
     if found:
-        raise InputError(f"{source} does not fit this backbone of {len(own)} weights; {'; '.join(found)}")
+        raise InputError(f"{source} does not fit this model of {len(own)} weights; {'; '.join(found)}")
     model.load_state_dict(dict(state))
 
 

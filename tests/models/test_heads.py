@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ def official(layers=3):
     """The same head out of torch's own parts, with the parameter names of the official checkpoints."""
     widths = [24] + [48] * (layers - 1) + [16]
     parts = []
-    for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         parts += [nn.GELU()] if i else []
         parts.append(nn.Linear(a, b))
     head = nn.Module()

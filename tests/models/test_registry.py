@@ -17,19 +17,10 @@ def test_sizes_are_those_of_the_released_models(arch, millions):
 
 def test_names_say_patch_and_registers():
     assert architecture("vitb16")["patch_size"] == 16
+    keys = ("num_register_tokens", "interpolate_offset", "interpolate_antialias")
     for name in ("vits14_reg", "vits14_reg4", "dinov2_vits14_reg"):
-        numbers = architecture(name)
-        assert (numbers["num_register_tokens"], numbers["interpolate_offset"], numbers["interpolate_antialias"]) == (
-            4,
-            0.0,
-            True,
-        )
-    plain = architecture("vits14")
-    assert (plain["num_register_tokens"], plain["interpolate_offset"], plain["interpolate_antialias"]) == (
-        0,
-        0.1,
-        False,
-    )
+        assert [architecture(name)[key] for key in keys] == [4, 0.0, True]
+    assert [architecture("vits14")[key] for key in keys] == [0, 0.1, False]
     assert architecture("vits8")["img_size"] == 224 and architecture("vits13")["img_size"] == 221
     assert architecture("vitg14")["ffn"] == "swiglu" and architecture("vitl14")["ffn"] == "mlp"
     assert architecture("tiny") == architecture("vitt8")

@@ -229,7 +229,7 @@ def test_intermediate_blocks(small):
 def test_no_layerscale_equals_gains_of_one(small):
     without, ones = small(layerscale=None), small(layerscale=1.0)
     assert "blocks.0.ls1.gamma" not in without.state_dict()
-    state = {key: value for key, value in without.state_dict().items()}
+    state = dict(without.state_dict())
     ones.load_state_dict(state | {k: torch.ones_like(v) for k, v in ones.state_dict().items() if "gamma" in k})
     images = torch.randn(1, 3, 56, 56)
     torch.testing.assert_close(without(images).cls, ones(images).cls)

@@ -92,7 +92,7 @@ def retrieve_samples(
         "query_similarity": pa.array(best.similarity, pa.float32()),
         "query_hits": pa.array(count, pa.int64()),
     }
-    per_set = {q.name: int(len(np.unique(hits_kept.row[hits_kept.set == i]))) for i, q in enumerate(queries)}
+    per_set = {q.name: len(np.unique(hits_kept.row[hits_kept.set == i])) for i, q in enumerate(queries)}
     summary = {"images": source.rows, "kept": len(rows), "mode": "sample", "k": k, "per_set": per_set}
     asked = ", ".join(f"{count} for {name}" for name, count in per_set.items())
     messages = [
@@ -255,7 +255,7 @@ def _cluster_table(counts: Int64, shares: Int64, queries: Sequence[QuerySet]) ->
     which, cluster = np.nonzero(counts)
     return pa.table(
         {
-            "query_source": pa.array([queries[s].name for s in which], pa.string()),
+            "query_source": pa.array([queries[int(s)].name for s in which], pa.string()),
             "cluster": pa.array(cluster, pa.int64()),
             "query_count": pa.array(counts[which, cluster], pa.int64()),
             "share": pa.array(shares[which, cluster], pa.int64()),

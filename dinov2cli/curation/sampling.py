@@ -22,7 +22,7 @@ def sample_balanced(
     target_size: int,
     *,
     levels: Sequence[int] | None = None,
-    resample_steps: int = 3,
+    resample_steps: int = 5,
     iterations: int = 10,
     strategy: str = "random",
     spherical: bool = True,

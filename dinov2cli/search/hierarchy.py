@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,7 @@ def fit_hierarchy(
     vectors: Vectors | npt.NDArray[np.floating],
     levels: Sequence[int],
     *,
-    resample_steps: int = 3,
+    resample_steps: int = 5,
     iterations: int = 10,
     spherical: bool = True,
     seed: int = 0,
@@ -72,9 +73,11 @@ def fit_hierarchy(
     points: Vectors = as_vectors(vectors, unit=spherical)
     result: list[Level] = []
     total = len(levels) * (resample_steps + 1)
+    # Random rows would start where the data are dense: clusters of equal size, which resampling cannot even out.
+    fit: dict[str, Any] = {"iterations": iterations, "spherical": spherical, "init": "spread"}
     for depth, k in enumerate(levels):
         level_seed = seed * 1009 + depth * 101
-        kmeans = fit_kmeans(points, k, iterations=iterations, spherical=spherical, seed=level_seed)
+        kmeans = fit_kmeans(points, k, **fit, seed=level_seed)
         assignment = assign(points, kmeans)
         _tell(progress, depth * (resample_steps + 1) + 1, total)
         r = min(max(1, points.rows // k // 2), POINTS_PER_CENTROID)
@@ -82,13 +85,7 @@ def fit_hierarchy(
             chosen = closest_in_cluster(assignment, r)
             if len(chosen) < k:
                 break  # fewer points than clusters are left to fit on: some clusters were empty
-            kmeans = fit_kmeans(
-                points.gather(chosen),
-                k,
-                iterations=iterations,
-                spherical=spherical,
-                seed=level_seed + step + 1,
-            )
+            kmeans = fit_kmeans(points.gather(chosen), k, **fit, seed=level_seed + step + 1)
             assignment = assign(points, kmeans)
             _tell(progress, depth * (resample_steps + 1) + step + 2, total)
         result.append(Level(kmeans, assignment))

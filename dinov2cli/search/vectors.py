@@ -100,7 +100,9 @@ class CheckedVectors:
 
     def _checked(self, block: Float32, row_of: Callable[[int], int]) -> Float32:
         # The sum is finite only if every element is, and costs no temporary array of the block's size.
-        if not np.isfinite(block.sum(dtype=np.float64)):
+        with np.errstate(invalid="ignore"):
+            finite = np.isfinite(block.sum(dtype=np.float64))
+        if not finite:
             bad = ~np.isfinite(block).all(axis=1)
             raise InputError(
                 f"embeddings: row {row_of(int(np.argmax(bad)))} holds NaN or infinity ({int(bad.sum())} such rows in "

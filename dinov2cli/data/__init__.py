@@ -1,1 +1,1 @@
-"""Images in: sources, decoding, crops, augmentation, masks, loaders, and the demo images."""
+"""Images in: the DATA grammar (`spec`), sources (`source`), decoding (`decode`), loaders (`loader`), demo images."""

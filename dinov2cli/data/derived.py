@@ -1,0 +1,162 @@
+"""Sources that point to the images of other sources: selections and embeddings directories."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from dinov2cli.artifacts.embeddings import open_embeddings
+from dinov2cli.artifacts.selection import KEPT_COLUMNS, open_selection
+from dinov2cli.data.source import ImageSource, open_source
+from dinov2cli.data.spec import DataSpec, suggestion
+from dinov2cli.data.tables import integer_labels
+from dinov2cli.errors import InputError
+
+_STRUCTURE = ("id", "image_path", "source", "row", "width", "height", "sha256", "label")
+
+
+class DerivedSource(ImageSource):
+    """Rows that lie in one or more other sources.
+
+    table: one row per image with `id`, `image_path` and any other columns.
+    which, rows: int64 [n] each: number of the source in `sources`, and the row there.
+    """
+
+    def __init__(
+        self, spec: DataSpec, table: pa.Table, sources: list[ImageSource], which: np.ndarray, rows: np.ndarray
+    ) -> None:
+        super().__init__(spec, spec.kind)
+        self._sources = sources
+        self._which = which
+        self._rows = rows
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, row: int) -> str:
+        return self._sources[self._which[row]].name(int(self._rows[row]))
+
+    def has_role(self, role: str) -> bool:
+        return all(source.has_role(role) for source in self._sources)
+
+    def read(self, row: int, role: str = "image") -> bytes:
+        return self._sources[self._which[row]].read(int(self._rows[row]), role)
+
+    def origin(self, row: int) -> tuple[str, int]:
+        return self._sources[self._which[row]].origin(int(self._rows[row]))
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return [str(value) for value in self._table.column("id").to_pylist()]
+
+    @cached_property
+    def paths(self) -> list[str]:
+        return [str(value) for value in self._table.column("image_path").to_pylist()]
+
+    @cached_property
+    def columns(self) -> pa.Table:
+        names = [name for name in self._table.column_names if name not in _STRUCTURE]
+        return self._table.select(names) if names else super().columns
+
+    def _own_labels(self) -> tuple[np.ndarray, list[str] | None] | None:
+        asked = self._options.get("label")
+        names = self._table.column_names
+        if asked and asked not in names:
+            raise InputError(
+                f"{self.spec}: no column '{asked}' for labels{suggestion(asked, names)}; "
+                f"its columns are {', '.join(names)}"
+            )
+        own = [source.labels for source in self._sources]
+        # The sources know the names of their labels, a column of numbers does not; several sources must agree on them.
+        if not asked and own and all(values is not None for values in own):
+            label_names = self._sources[0].label_names
+            if all(source.label_names == label_names for source in self._sources):
+                labels = np.empty(len(self), dtype=np.int64)
+                for number, values in enumerate(own):
+                    here = self._which == number
+                    labels[here] = np.asarray(values)[self._rows[here]]
+                return labels, label_names
+        if not asked and "label" not in names:
+            return None
+        return integer_labels(self._table.column(asked or "label"), None, f"{self.spec}, column '{asked or 'label'}'")
+
+    def content_hash(self) -> str:
+        digest = hashlib.sha256(json.dumps([source.content_hash() for source in self._sources]).encode())
+        digest.update(self._which.tobytes())
+        digest.update(self._rows.tobytes())
+        return digest.hexdigest()
+
+
+def open_selected(spec: DataSpec) -> ImageSource:
+    """The kept images of a selection, read from the sources it points to.
+
+    Raises:
+        InputError: unfinished, empty, or a source has moved or changed since.
+    """
+    path = Path(spec.location)
+    kept = open_selection(path).kept
+    absent = [name for name in KEPT_COLUMNS if name not in kept.column_names]
+    if absent:
+        raise InputError(
+            f"{path}/kept.parquet: no column {', '.join(absent)}; make the selection again with --overwrite"
+        )
+    if not kept.num_rows:
+        raise InputError(f"{path}: the selection kept no image; make it again with a wider choice")
+    encoded = kept.column("source").combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    sources = [_open_behind(str(text), path) for text in encoded.dictionary.to_pylist()]
+    which = encoded.indices.to_numpy().astype(np.int64)
+    rows = kept.column("row").to_numpy().astype(np.int64)
+    for number, source in enumerate(sources):
+        _check_unchanged(path, kept, source, np.flatnonzero(which == number), rows)
+    return DerivedSource(spec, kept, sources, which, rows)
+
+
+def open_embedded(spec: DataSpec) -> ImageSource:
+    """The images behind an embeddings directory: its rows, read from the input that its manifest names.
+
+    Raises:
+        InputError: unfinished, no input recorded, or the input has moved or changed since.
+    """
+    path = Path(spec.location)
+    embeddings = open_embeddings(path)
+    recorded = [str(entry["spec"]) for entry in embeddings.manifest.inputs if "rows" in entry and "spec" in entry]
+    if not recorded:
+        raise InputError(f"{path}: its manifest names no images; give the images themselves as DATA")
+    source = _open_behind(recorded[0], path)
+    table = embeddings.metadata()
+    row_of = {name: row for row, name in enumerate(source.ids)}
+    names = [str(value) for value in table.column("id").to_pylist()]
+    gone = [name for name in names if name not in row_of]
+    if gone:
+        raise InputError(
+            f"{path}: {len(gone)} of its {len(names)} images are no longer in {recorded[0]} (first: {gone[0]}); "
+            "the images changed since: run `dinov2 embed` again"
+        )
+    rows = np.array([row_of[name] for name in names], dtype=np.int64)
+    return DerivedSource(spec, table, [source], np.zeros(len(rows), dtype=np.int64), rows)
+
+
+def _open_behind(text: str, path: Path) -> ImageSource:
+    try:
+        return open_source(text)
+    except InputError as error:
+        raise InputError(f"{path} points to images that cannot be opened: {error}") from error
+
+
+def _check_unchanged(path: Path, kept: pa.Table, source: ImageSource, here: np.ndarray, rows: np.ndarray) -> None:
+    """A row number means nothing once files were added or removed: compare the recorded paths with today's."""
+    recorded = kept.column("image_path").take(pa.array(here)).to_pylist()
+    names = source.paths
+    for row, was in zip(rows[here].tolist(), recorded, strict=True):
+        now = names[row] if 0 <= row < len(names) else "nothing"
+        if now != was:
+            raise InputError(
+                f"{path}: row {row} of {source.spec} was {was} when the selection was made and is {now} now; "
+                "the images changed since: make the selection again"
+            )

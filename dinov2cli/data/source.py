@@ -1,0 +1,191 @@
+"""`ImageSource`: a set of images with ids, labels and columns, and `open_source`, which makes one from a DATA string.
+
+A source is map-style: any row can be read at any time from any process, so shuffles are exact and resumable. It
+pickles (for loader workers), leaving behind the lists that only the main process needs.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dinov2cli.data.spec import DataSpec, parse_spec
+from dinov2cli.errors import InputError
+
+PIXEL_ROLES = ("image", "mask", "depth")
+
+
+class ImageSource:
+    """Base of every source. Subclasses give `__len__`, `read`, `ids`, `paths` and what else they know.
+
+    spec: the DATA string that opens this source again from any directory.
+    kind: folder | tar | parquet | list | hub | selection | embeddings | demo.
+    """
+
+    def __init__(self, spec: DataSpec, kind: str) -> None:
+        self.spec = spec.canonical()
+        self.kind = kind
+        self._options = dict(spec.options)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, row: int, role: str = "image") -> bytes:
+        """Bytes of the image file of one row; `role` may also be 'mask' or 'depth' where `has_role` says so.
+
+        Raises:
+            BadImage: the file is missing, unreadable or empty.
+        """
+        raise NotImplementedError
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Unique stable names of the rows."""
+        raise NotImplementedError
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """Where each image is, for people to read (`image_path` in outputs)."""
+        raise NotImplementedError
+
+    def name(self, row: int) -> str:
+        """Id of one row without building the list of all; used in messages from workers."""
+        return self.ids[row]
+
+    @cached_property
+    def _labelling(self) -> tuple[np.ndarray, list[str] | None] | None:
+        if self._options.get("label") == "folder":
+            return labels_from_folders(self.ids, self.spec)
+        return self._own_labels()
+
+    def _own_labels(self) -> tuple[np.ndarray, list[str] | None] | None:
+        return None
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [n], -1 where a row has none; None when the source has no labels."""
+        return None if self._labelling is None else self._labelling[0]
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Name of each label, when known."""
+        return None if self._labelling is None else self._labelling[1]
+
+    @cached_property
+    def columns(self) -> pa.Table:
+        """The remaining columns (no pixels, no `id`, no `label`), row by row beside the images."""
+        return pa.table({"_": pa.nulls(len(self))}).drop_columns(["_"])
+
+    def column(self, role: str) -> pa.ChunkedArray | None:
+        """The column playing a role ('group', 'is_query', …): the one named by `?role=name`, else one of that name.
+
+        Raises:
+            InputError: the column named in the spec does not exist.
+        """
+        asked = self._options.get(role)
+        name = asked or role
+        if name in self.columns.column_names:
+            return self.columns.column(name)
+        if asked:
+            raise InputError(
+                f"{self.spec}: no column '{asked}' for {role}; "
+                f"its columns are {', '.join(self.columns.column_names) or 'none'}"
+            )
+        return None
+
+    def has_role(self, role: str) -> bool:
+        """Whether `read(row, role)` has something to read."""
+        return role == "image"
+
+    def origin(self, row: int) -> tuple[str, int]:
+        """(DATA string, row) of the image where it really lies; for a selection that is the source behind it."""
+        return self.spec, row
+
+    def content_hash(self) -> str:
+        """Hex digest that changes when the data change; cheap: reads names, sizes and times, not pixels."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a manifest records about an input: spec, kind, rows and hash."""
+        return {"spec": self.spec, "kind": self.kind, "rows": len(self), "hash": self.content_hash()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        heavy = ("ids", "paths", "columns", "_labelling")
+        return {key: value for key, value in self.__dict__.items() if key not in heavy}
+
+
+def open_source(spec: str | DataSpec, *, label_from: str | None = None) -> ImageSource:
+    """Open the images that a DATA string names.
+
+    Args:
+        spec: DATA string, see `dinov2cli.data.spec`.
+        label_from: 'folder' takes labels from folder names, as `?label=folder` does.
+
+    Raises:
+        InputError: nothing there, no images in it, or a column that does not exist.
+    """
+    parsed = parse_spec(spec) if isinstance(spec, str) else spec
+    if label_from is not None:
+        if label_from != "folder":
+            raise ValueError(f"label_from is None or 'folder', not {label_from!r}")
+        parsed = DataSpec(parsed.kind, parsed.location, {**parsed.options, "label": "folder"})
+    return _open(parsed)
+
+
+def _open(spec: DataSpec) -> ImageSource:
+    # Imported here so that each kind loads only what it needs: `datasets` takes a second to import.
+    if spec.kind == "demo":
+        from dinov2cli.data.demo import open_demo
+
+        return open_demo(spec)
+    if spec.kind in ("selection", "embeddings"):
+        from dinov2cli.data.derived import open_embedded, open_selected
+
+        return open_selected(spec) if spec.kind == "selection" else open_embedded(spec)
+    if spec.kind == "tar":
+        from dinov2cli.data.tar import open_tar
+
+        return open_tar(spec, spec.files())
+    if spec.kind == "hub":
+        from dinov2cli.data.tables import open_hub
+
+        return open_hub(spec)
+    if spec.kind == "parquet":
+        from dinov2cli.data.tables import open_parquet
+
+        return open_parquet(spec, spec.files())
+    from dinov2cli.data.files import open_folder, open_list
+
+    return open_folder(spec) if spec.kind == "folder" else open_list(spec)
+
+
+def labels_from_folders(ids: Sequence[str], where: str) -> tuple[np.ndarray, list[str]]:
+    """Labels from the first folder of each id ('cat/1.jpg' → 'cat'); -1 for images outside any folder.
+
+    Raises:
+        InputError: no id has a folder.
+    """
+    folders = [name.split("/", 1)[0] if "/" in name else None for name in ids]
+    names = sorted({folder for folder in folders if folder is not None})
+    if not names:
+        raise InputError(
+            f"{where}: label=folder was asked but no image lies in a sub-folder; make one folder per label"
+        )
+    number = {folder: index for index, folder in enumerate(names)}
+    return np.array([-1 if folder is None else number[folder] for folder in folders], dtype=np.int64), names
+
+
+def hash_files(files: Iterable[tuple[str, str]]) -> str:
+    """Digest of (name, path) pairs with size and modification time; a missing file counts as such."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        try:
+            status = os.stat(path)
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        except OSError:
+            digest.update(f"{name}\0missing\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

@@ -110,13 +110,13 @@ class KnnConfig(EvalConfig):
 
 
 class LinearConfig(EvalConfig):
-    """Settings of `dinov2 eval linear`; learning rates are per 256 images."""
+    """Settings of `dinov2 eval linear`; learning rates are per 256 images, `steps` None is about ten passes."""
 
     learning_rates: list[Amount] = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
     blocks: list[Count] = [1, 4]
-    epochs: Count = 10
+    steps: Count | None = None
     train_batch_size: Count = 128
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
 
 
 class DataSection(Section):

@@ -21,6 +21,10 @@ def _vector_name(shard: int) -> str:
     return f"img_emb/img_emb_{shard:04d}.npy"
 
 
+def _patch_name(shard: int) -> str:
+    return f"patch_emb/patch_emb_{shard:04d}.npy"
+
+
 def _metadata_name(shard: int) -> str:
     return f"metadata/metadata_{shard:04d}.parquet"
 
@@ -37,8 +41,11 @@ class EmbeddingsWriter:
         """Tell whether a shard was written whole; the metadata file is written last, so it decides."""
         return (self._out.path / _metadata_name(shard)).is_file() and (self._out.path / _vector_name(shard)).is_file()
 
-    def write_shard(self, shard: int, vectors: np.ndarray, metadata: pa.Table) -> None:
-        """Store float vectors [n, dim] as float16 in C order, and their metadata table of n rows.
+    def write_shard(
+        self, shard: int, vectors: np.ndarray, metadata: pa.Table, patches: np.ndarray | None = None
+    ) -> None:
+        """Store float vectors [n, dim] as float16 in C order, their metadata table of n rows, and, where given, the
+        patch tokens [n, N, D] beside them.
 
         Raises ValueError when the shapes or the columns do not fit.
         """
@@ -49,6 +56,9 @@ class EmbeddingsWriter:
             raise ValueError(f"metadata lacks {absent}")
         half = np.ascontiguousarray(vectors, dtype=np.float16)
         self._out.write(_vector_name(shard), lambda p: _save_npy(p, half))
+        if patches is not None:
+            tokens = np.ascontiguousarray(patches, dtype=np.float16)
+            self._out.write(_patch_name(shard), lambda p: _save_npy(p, tokens))
         self._out.write_table(_metadata_name(shard), metadata)
 
     def shard_rows(self, shard: int) -> int:

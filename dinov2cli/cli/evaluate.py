@@ -1,0 +1,226 @@
+"""`dinov2 eval`: benchmarks of frozen features, each with confidence intervals."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dinov2cli.cli import options
+
+if TYPE_CHECKING:
+    from dinov2cli.artifacts.results import ResultRow
+    from dinov2cli.cli.talk import Talk
+    from dinov2cli.config import EvalConfig, KnnConfig, LinearConfig
+    from dinov2cli.data.source import ImageSource
+    from dinov2cli.evaluation.features import Features
+    from dinov2cli.models.load import LoadedModel
+
+app = typer.Typer(no_args_is_help=True, help="Measure frozen features, with confidence intervals.")
+Train = Annotated[str, typer.Option("--train", metavar="D", help="Labelled images to learn from.")]
+Test = Annotated[str, typer.Option("--test", metavar="D", help="Labelled images to be judged on.")]
+ImageSize = Annotated[int | None, typer.Option("--image-size", metavar="PX", help="Crop; default: the model's own.")]
+
+
+@app.command("knn")
+def knn(
+    model: options.Model,
+    train: Train,
+    test: Test,
+    out: options.Out,
+    k: Annotated[str | None, typer.Option("--k", metavar="LIST", help="Numbers of neighbours, as 10,20.")] = None,
+    image_size: ImageSize = None,
+    config: options.Config = None,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    overwrite: options.Overwrite = False,
+    workers: options.Workers = None,
+    device: options.Device = None,
+    seed: options.Seed = None,
+) -> None:
+    """Classify by the weighted vote of the nearest training images: no training, no choices.
+
+    Example: `dinov2 eval knn run --train photos/train?label=folder --test photos/val?label=folder -o knn`
+    """
+    from dinov2cli.cli.talk import Talk
+    from dinov2cli.config import KnnConfig
+    from dinov2cli.recipe import load_config
+
+    flags = {
+        "neighbours": None if k is None else [part.strip() for part in k.split(",")],
+        "image_size": image_size,
+        "workers": workers,
+        "device": device,
+        "seed": seed,
+    }
+    settings = load_config(KnnConfig, recipe=config, sets=set_ or [], flags=flags)
+    talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
+    run_eval("knn", model, train, test, out, settings, talk, dry_run=dry_run, overwrite=overwrite)
+
+
+@app.command("linear")
+def linear(
+    model: options.Model,
+    train: Train,
+    test: Test,
+    out: options.Out,
+    image_size: ImageSize = None,
+    config: options.Config = None,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    json_output: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    overwrite: options.Overwrite = False,
+    workers: options.Workers = None,
+    device: options.Device = None,
+    seed: options.Seed = None,
+) -> None:
+    """Train linear classifiers on frozen features and judge the best, chosen on held-out training images.
+
+    Example: `dinov2 eval linear run --train photos/train?label=folder --test photos/val?label=folder -o linear`
+    """
+    from dinov2cli.cli.talk import Talk
+    from dinov2cli.config import LinearConfig
+    from dinov2cli.recipe import load_config
+
+    flags = {"image_size": image_size, "workers": workers, "device": device, "seed": seed}
+    settings = load_config(LinearConfig, recipe=config, sets=set_ or [], flags=flags)
+    talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
+    run_eval("linear", model, train, test, out, settings, talk, dry_run=dry_run, overwrite=overwrite)
+
+
+def run_eval(
+    task: str,
+    model: str,
+    train: str,
+    test: str,
+    path: Path,
+    config: "EvalConfig",
+    talk: "Talk",
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Evaluate into one results directory; also what the demo calls."""
+    from dataclasses import asdict
+
+    from dinov2cli.artifacts.results import write_results
+    from dinov2cli.cli.frame import check_output, open_output, result_fields
+    from dinov2cli.data.source import open_source
+    from dinov2cli.models.load import load_model
+    from dinov2cli.report.results import results_report
+
+    sources = [open_source(options.from_stdin(spec)) for spec in (train, test)]
+    loaded = load_model(model, img_size=config.image_size, seed=config.seed)
+    inputs = [*(s.fingerprint() for s in sources), {"spec": model, "kind": "model", **loaded.fingerprint}]
+    identity = {"task": task, **config.identity()}
+    identity.pop("batch_size")
+    if dry_run:
+        state = check_output(path, "results", config=identity, inputs=inputs, overwrite=overwrite)
+        facts = {"model": loaded.name, "train images": len(sources[0]), "test images": len(sources[1])}
+        files = ["results.json", "results.parquet", "report.html", "manifest.json"]
+        talk.plan(f"eval {task} {model}", {**facts, "files": files, "output": f"{path} ({state})"})
+        return
+    out = open_output(talk, path, "results", config=identity, seed=config.seed, inputs=inputs, overwrite=overwrite)
+    if out is None:
+        return
+    with out:
+        rows = _BENCHMARKS[task](loaded, sources, config, talk)
+        report = results_report(rows, title=f"{task} of {loaded.name}")
+        manifest = write_results(out, rows, report=report, random=loaded.random)
+    for row in rows:
+        talk.say(f"{row.metric}: {row.value:.1%} [{row.ci_low:.1%}, {row.ci_high:.1%}] on {row.n:,} images")
+    talk.result(path, **result_fields(manifest), results=[asdict(row) for row in rows])
+
+
+def _knn(loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig", talk: "Talk") -> "list[ResultRow]":
+    from dinov2cli.evaluation.knn import knn_classify
+
+    train, test = (_features(loaded, source, config, talk, pool=config.pool) for source in sources)
+    (train_x, train_y), (test_x, test_y) = _labelled(train, test, sources, lambda f: f.pooled)
+    result = knn_classify(
+        train_x, train_y, test_x, test_y, ks=config.neighbours, temperature=config.temperature,
+        device=loaded.backbone.cls_token.device,
+    )  # fmt: skip
+    for note in result.notes:
+        talk.warn(note)
+    return result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
+
+
+def _linear(
+    loaded: "LoadedModel", sources: "list[ImageSource]", config: "LinearConfig", talk: "Talk"
+) -> "list[ResultRow]":
+    from dinov2cli.evaluation.linear import linear_probe
+
+    last = max(config.blocks)
+    train, test = (_features(loaded, source, config, talk, last_blocks=last) for source in sources)
+    (train_x, train_y), (test_x, test_y) = _labelled(
+        train, test, sources, lambda f: (f.class_tokens, f.averaged_patches)
+    )
+    talk.say("training the grid of linear heads on cached features")
+    result = linear_probe(
+        *train_x, train_y, *test_x, test_y, seed=config.seed, learning_rates=config.learning_rates,
+        blocks=config.blocks, batch_size=config.train_batch_size, steps=config.steps,
+        validation_fraction=config.validation_fraction, device=loaded.backbone.cls_token.device,
+    )  # fmt: skip
+    for note in result.notes:
+        talk.warn(note)
+    return result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
+
+
+_BENCHMARKS: dict[str, Callable[..., "list[ResultRow]"]] = {"knn": _knn, "linear": _linear}
+
+
+def _features(
+    loaded: "LoadedModel", source: "ImageSource", config: "EvalConfig", talk: "Talk", **what: Any
+) -> "Features":
+    from dinov2cli.cli.frame import workers_for
+    from dinov2cli.data.bad import BadImages
+    from dinov2cli.device import choose_device, choose_precision
+    from dinov2cli.evaluation.features import extract_source
+
+    device = choose_device(config.device)
+    precision, _ = choose_precision(config.precision, device)
+    loaded.backbone.to(device)
+    done = 0
+    with talk.progress(f"features of {source.spec}", len(source)) as advance:
+
+        def on_rate(count: int, _seconds: float) -> None:
+            nonlocal done
+            advance(count - done)
+            done = count
+
+        return extract_source(
+            loaded.backbone,
+            source,
+            preprocess=loaded.preprocess,
+            precision=precision,
+            batch_size=config.batch_size,
+            workers=workers_for(config.workers),
+            bad=BadImages(config.max_bad_fraction),
+            on_rate=on_rate,
+            **what,
+        )
+
+
+def _labelled(
+    train: "Features", test: "Features", sources: "list[ImageSource]", pick: "Callable[[Features], Any]"
+) -> list[tuple[Any, Any]]:
+    """Features and labels of the labelled rows of both sets, the labels in one numbering."""
+    from dinov2cli.evaluation.scores import align_labels
+
+    train_y, test_y, _names = align_labels(
+        train.labels, train.label_names, test.labels, test.label_names,
+        train_spec=sources[0].spec, test_spec=sources[1].spec,
+    )  # fmt: skip
+    pairs = []
+    for features, labels in ((train, train_y), (test, test_y)):
+        keep = labels >= 0
+        picked = pick(features)
+        chosen = tuple(part[keep] for part in picked) if isinstance(picked, tuple) else picked[keep]
+        pairs.append((chosen, labels[keep]))
+    return pairs

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2cli.search.edges import Edges, join_edges, make_edges
-from dinov2cli.search.hashing import HASH_BYTES, ORIENTATIONS, VIEWS, PerceptualHash, Uint8
+from dinov2cli.search.hashing import HASH_BYTES, ORIENTATIONS, THUMB, VIEWS, PerceptualHash, Uint8, oriented
 from dinov2cli.search.neighbours import Progress
 from dinov2cli.search.vectors import Float32, Int64
 
@@ -16,6 +16,11 @@ BITS = 8 * HASH_BYTES
 RADIUS = 31
 """Bits of 256 that may differ: what PDQ recommends, and the most for which the lookup below misses nothing."""
 
+MIN_CORRELATION = 0.92
+"""Of 8 x 8 colour thumbnails: copies lie above 0.97 but for one in a hundred, chance matches mostly below."""
+
+_GREY = 4  # largest difference of channels in a grey image, in grey levels
+_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _FLAT_BELOW = 200_000
 _TABLES = 16
 _QUERY_ROWS = 8192
@@ -23,10 +28,14 @@ _QUERY_ROWS = 8192
 
 @dataclass(frozen=True)
 class HashTable:
-    """Hashes of N images: bits [N, 2, 8, 32] uint8 and valid [N, 2] bool (see `PerceptualHash`)."""
+    """Hashes of N images: bits [N, 2, 8, 32] uint8, valid [N, 2] bool, thumbs [N, 2, 8, 8, 3] uint8.
+
+    See `PerceptualHash`; 900 bytes an image.
+    """
 
     bits: Uint8
     valid: npt.NDArray[np.bool_]
+    thumbs: Uint8
 
     def __len__(self) -> int:
         return int(self.valid.shape[0])
@@ -36,21 +45,24 @@ def stack_hashes(hashes: Sequence[PerceptualHash | None]) -> HashTable:
     """Hashes of many images as one table; None (an unreadable image) is a row that matches nothing."""
     bits = np.zeros((len(hashes), VIEWS, ORIENTATIONS, HASH_BYTES), dtype=np.uint8)
     valid = np.zeros((len(hashes), VIEWS), dtype=bool)
+    thumbs = np.zeros((len(hashes), VIEWS, THUMB, THUMB, 3), dtype=np.uint8)
     for row, one in enumerate(hashes):
         if one is not None:
-            bits[row], valid[row] = one.bits, one.valid
-    return HashTable(bits, valid)
+            bits[row], valid[row], thumbs[row] = one.bits, one.valid, one.thumbs
+    return HashTable(bits, valid, thumbs)
 
 
 def hash_edges(table: HashTable, *, radius: int = RADIUS, progress: Progress | None = None) -> Edges:
-    """Pairs of images one of whose views, in some orientation, is within `radius` bits of a view of the other.
+    """Pairs of images one of whose views, in some orientation, is within `radius` bits of a view of the other, and
+    whose thumbnails agree there.
 
+    The bits alone join images that show little but one soft edge; their thumbnails in colour tell them apart.
     Similarity is 1 - bits / 256. Images with the very same hash are joined in a star and searched once, so that a
     thousand copies make a thousand edges, not half a million.
     """
     first, star = _identical(table)
     ones = np.flatnonzero(first == np.arange(len(table)))
-    small = HashTable(table.bits[ones], table.valid[ones])
+    small = HashTable(table.bits[ones], table.valid[ones], table.thumbs[ones])
     parts = [star]
     for a, b, bits in _matches(small, small, radius, progress):
         parts.append(make_edges(ones[a], ones[b], 1 - bits / BITS))
@@ -86,6 +98,9 @@ def _identical(table: HashTable) -> tuple[Int64, Edges]:
         _, where, back = np.unique(keys, return_index=True, return_inverse=True)
         first[valid] = valid[where][back]
     copies = np.flatnonzero(first != rows)
+    same = _look_alike(table.thumbs[copies, 0], table.thumbs[first[copies], 0], np.zeros(len(copies), np.int64))
+    first[copies[~same]] = copies[~same]
+    copies = copies[same]
     return first, make_edges(first[copies], copies, np.ones(len(copies)))
 
 
@@ -103,10 +118,36 @@ def _matches(table: HashTable, reference: HashTable, radius: int, progress: Prog
         # Faiss takes the radius as exclusive.
         limits, bits, found = index.range_search(np.ascontiguousarray(queries), radius + 1)
         limits = np.asarray(limits, dtype=np.int64)
-        per_query = np.repeat(np.arange(len(queries)) // ORIENTATIONS, limits[1:] - limits[:-1])
-        yield who[per_query], owner[found], np.asarray(bits, dtype=np.float32)
+        query = np.repeat(np.arange(len(queries)), limits[1:] - limits[:-1])
+        one, orientation = np.divmod(query, ORIENTATIONS)
+        alike = _look_alike(
+            table.thumbs[who[one], query_view[start + one]],
+            reference.thumbs[owner[found], view[found]],
+            orientation,
+        )
+        yield who[one][alike], owner[found][alike], np.asarray(bits, dtype=np.float32)[alike]
         if progress is not None:
             progress(min(start + step, len(query_owner)), len(query_owner))
+
+
+def _look_alike(a: Uint8, b: Uint8, orientation: Int64) -> npt.NDArray[np.bool_]:
+    """Whether thumbnails a [M, S, S, 3], each in its orientation, and b [M, S, S, 3] correlate.
+
+    Brightness and contrast may differ, and where one of the two has no colour the other's does not count.
+    """
+    first = np.empty(a.shape, dtype=np.float32)
+    for number in range(ORIENTATIONS):
+        here = orientation == number
+        first[here] = oriented(a[here], number)
+    second = b.astype(np.float32)
+    grey = (np.ptp(first, axis=3).max(axis=(1, 2)) <= _GREY) | (np.ptp(second, axis=3).max(axis=(1, 2)) <= _GREY)
+    for thumbs in (first, second):
+        thumbs[grey] = (thumbs[grey] @ _LUMINANCE)[..., None]
+    first -= first.mean(axis=(1, 2), keepdims=True)
+    second -= second.mean(axis=(1, 2), keepdims=True)
+    product = np.einsum("mijc,mijc->m", first, second)
+    scale = np.einsum("mijc,mijc->m", first, first) * np.einsum("mijc,mijc->m", second, second)
+    return product > MIN_CORRELATION * np.sqrt(scale)
 
 
 def _binary_index(bits: Uint8, radius: int) -> "faiss.IndexBinary":

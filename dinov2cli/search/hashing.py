@@ -12,6 +12,8 @@ Uint8 = npt.NDArray[np.uint8]
 HASH_BYTES = 32
 ORIENTATIONS = 8
 VIEWS = 2
+THUMB = 8
+_WHOLE = (slice(None), slice(None))
 _SIDE = 64
 _FREQUENCIES = 16
 _MIN_CONTRAST = 4.0
@@ -49,10 +51,12 @@ class PerceptualHash:
 
     valid [2] bool: a view without a border to trim, or without contrast, has no hash: hashes of flat images are
     noise and would join everything that is nearly empty.
+    thumbs [2, 8, 8, 3] uint8: the views in colour, for a second look at what the bits call alike.
     """
 
     bits: Uint8
     valid: npt.NDArray[np.bool_]
+    thumbs: Uint8
 
 
 def perceptual_hash(image: Uint8) -> PerceptualHash:
@@ -63,16 +67,19 @@ def perceptual_hash(image: Uint8) -> PerceptualHash:
     the same coefficients: any two of the 8 forms of one image share a hash.
     """
     luminance = np.asarray(Image.fromarray(image).convert("L"))
+    thumbs = np.zeros((VIEWS, THUMB, THUMB, 3), dtype=np.uint8)
     bits = np.zeros((VIEWS, ORIENTATIONS, HASH_BYTES), dtype=np.uint8)
     valid = np.zeros(VIEWS, dtype=bool)
-    for view, pixels in enumerate((luminance, trim_border(luminance))):
-        if pixels is None:
+    for view, inside in enumerate((_WHOLE, trim_border(luminance))):
+        if inside is None:
             continue
-        small = _shrink(pixels)
+        small = _shrink(luminance[inside])
         if small.std() < _MIN_CONTRAST:
             continue
         bits[view], valid[view] = _orientations((_DCT @ small @ _DCT.T).astype(np.float32)), True
-    return PerceptualHash(bits, valid)
+        thumb = Image.fromarray(np.ascontiguousarray(image[inside])).resize((THUMB, THUMB), Image.Resampling.BILINEAR)
+        thumbs[view] = np.asarray(thumb)
+    return PerceptualHash(bits, valid, thumbs)
 
 
 def sharpness(image: Uint8) -> float:
@@ -85,8 +92,8 @@ def sharpness(image: Uint8) -> float:
     return float((around - 4 * inner).var())
 
 
-def trim_border(luminance: Uint8) -> Uint8 | None:
-    """The image [H, W] without its border of one colour (letterbox, frame), or None where there is none.
+def trim_border(luminance: Uint8) -> tuple[slice, slice] | None:
+    """Rows and columns of an image [H, W] without its border of one colour (letterbox, frame), None if it has none.
 
     A border is what differs by at most 12 grey levels from the top left pixel. A trim that would leave more
     than 98 % or less than a quarter of the image is not taken for a border.
@@ -95,15 +102,25 @@ def trim_border(luminance: Uint8) -> Uint8 | None:
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     if not len(rows):
         return None
-    trimmed = luminance[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
     low, high = _BORDER_KEEP
-    return np.ascontiguousarray(trimmed) if low <= trimmed.size / luminance.size <= high else None
+    if not low <= height * width / luminance.size <= high:
+        return None
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def oriented(thumbs: npt.NDArray, orientation: int) -> npt.NDArray:
+    """Thumbnails [N, S, S, 3] in the orientation of that number, numbered as the rows of `PerceptualHash.bits`."""
+    turned = thumbs if orientation < 4 else thumbs.transpose(0, 2, 1, 3)
+    if orientation & 2:
+        turned = turned[:, ::-1]
+    return turned[:, :, ::-1] if orientation & 1 else turned
 
 
 def _shrink(luminance: Uint8) -> npt.NDArray[np.float32]:
     """The image [H, W] as [64, 64] float32. In float, for rounding to grey levels would move the small
     coefficients; with a triangle and not a box, whose half-open pixels are not mirror images of each other."""
-    floating = Image.fromarray(luminance).convert("F")
+    floating = Image.fromarray(np.ascontiguousarray(luminance)).convert("F")
     return np.asarray(floating.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), dtype=np.float32)
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from dinov2cli.search.hamming import RADIUS, best_hash_match, hash_edges, stack_hashes
-from dinov2cli.search.hashing import bytes_digest, perceptual_hash, pixel_digest, sharpness, trim_border
+from dinov2cli.search.hamming import RADIUS, HashTable, best_hash_match, hash_edges, stack_hashes
+from dinov2cli.search.hashing import bytes_digest, oriented, perceptual_hash, pixel_digest, sharpness, trim_border
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +108,25 @@ def test_wide_radius_misses_nothing_either(monkeypatch):
     far = base.copy()
     flips = rng.permutation(256)[:40]
     far.reshape(2, 8, 32)[0, 0] ^= np.packbits(np.isin(np.arange(256), flips))
-    from dinov2cli.search.hamming import HashTable
-
     valid = np.array([[True, False]])
-    similarity, row = best_hash_match(HashTable(base, valid), HashTable(far, valid), radius=40)
+    symmetric = np.tile(np.outer([1, 2, 3, 4, 4, 3, 2, 1], [1, 2, 3, 4, 4, 3, 2, 1])[..., None], (1, 2, 1, 1, 3))
+    thumbs = symmetric.astype(np.uint8)
+    a, b = HashTable(base, valid, thumbs), HashTable(far, valid, thumbs)
+    similarity, row = best_hash_match(a, b, radius=40)
     assert row.tolist() == [0] and similarity[0] == pytest.approx(1 - 40 / 256)
-    assert best_hash_match(HashTable(base, valid), HashTable(far, valid), radius=39)[1].tolist() == [-1]
+    assert best_hash_match(a, b, radius=39)[1].tolist() == [-1]
+    # The same bits with another look are no match.
+    other = HashTable(far, valid, (symmetric * np.array([1, -1, 1]) % 256).astype(np.uint8))
+    assert best_hash_match(a, other, radius=40)[1].tolist() == [-1]
+
+
+def test_thumbnails_turn_as_the_hashes_do(tiles):
+    original = perceptual_hash(tiles[1])
+    for form in orientations(tiles[1]):
+        other = perceptual_hash(form)
+        number = int(np.argmin([bits_between(other.bits[0, 0], b) for b in original.bits[0]]))
+        turned = oriented(original.thumbs[:1], number)[0].astype(int)
+        assert np.abs(turned - other.thumbs[0]).max() <= 2
 
 
 def test_flat_images_and_missing_ones_match_nothing(tiles):
@@ -141,7 +154,7 @@ def test_sharpness_falls_with_blur(tiles):
 def test_trim_takes_borders_and_nothing_else():
     inside = np.random.default_rng(0).integers(100, 255, (40, 60), dtype=np.uint8)
     framed = np.pad(inside, 10)
-    np.testing.assert_array_equal(trim_border(framed), inside)
+    np.testing.assert_array_equal(framed[trim_border(framed)], inside)
     assert trim_border(inside) is None  # nothing to trim
     assert trim_border(np.zeros((20, 20), np.uint8)) is None  # nothing left
     speck = np.zeros((100, 100), np.uint8)

@@ -1,7 +1,6 @@
 """Weighted k-NN classification on frozen features (METHOD §8.17): all k of a list from one exact search.
 
-Not a search engine: curation's index-backed search lives in `search`. Here the training set fits in memory and every
-neighbour is exact, found in blocks so that the similarity matrix never exists whole.
+Every neighbour is exact: on the CPU by the flat index of `search`, on an accelerator by blocks of matrix products.
 """
 
 import time
@@ -16,6 +15,7 @@ from dinov2cli.artifacts.results import ResultRow
 from dinov2cli.errors import InputError, UserError
 from dinov2cli.evaluation.intervals import DEFAULT_CONFIDENCE
 from dinov2cli.evaluation.scores import accuracy_row, require_finite, true_class_ranks
+from dinov2cli.search.neighbours import top_k
 
 DEFAULT_KS = (10, 20, 100, 200)
 DEFAULT_TEMPERATURE = 0.07
@@ -104,6 +104,7 @@ def nearest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact k nearest rows of `references` [m, d] for `queries` [n, d] by inner product, both on one device.
 
+    The search for accelerators, where Faiss may have no GPU build (it runs on the CPU as well, about a third slower).
     Returns similarities float32 [n, k], descending, and rows int64 [n, k]. Memory beyond the output is one block of
     similarities. With `leave_one_out` the two are the same images row by row and a query never finds its own row.
     """
@@ -172,8 +173,6 @@ def knn_classify(
     temperature: float = DEFAULT_TEMPERATURE,
     leave_one_out: bool = False,
     device: str | torch.device = "cpu",
-    query_block: int = _TEST_BLOCK,
-    reference_block: int = _TRAIN_BLOCK,
 ) -> KnnResult:
     """Classify test features [n, d] by the weighted vote of their nearest train features [m, d]; labels are 0..C-1.
 
@@ -196,14 +195,12 @@ def knn_classify(
     train = F.normalize(train, dim=1)
     test = train if leave_one_out else F.normalize(test, dim=1)
 
-    similarities, rows = nearest(
-        test,
-        train,
-        used_ks[-1],
-        leave_one_out=leave_one_out,
-        query_block=query_block,
-        reference_block=reference_block,
-    )
+    if train.device.type == "cpu":
+        queries = None if leave_one_out else test.numpy()  # None: every row against all others
+        found = top_k(train.numpy(), used_ks[-1], queries=queries, index="flat")
+        similarities, rows = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    else:
+        similarities, rows = nearest(test, train, used_ks[-1], leave_one_out=leave_one_out)
     ranks, predictions = _vote(similarities, train_y[rows], test_y, used_ks, n_classes, temperature)
     return KnnResult(
         ks=used_ks,

@@ -82,6 +82,17 @@ def test_leave_one_out_never_finds_itself(query_block, reference_block):
     assert with_self[:, 0].tolist() == list(range(40))
 
 
+def test_both_searches_agree(digits):
+    train, train_y, test, test_y = digits
+    result = knn_classify(train, train_y, test, test_y, ks=[100])
+    unit = [torch.nn.functional.normalize(torch.from_numpy(x), dim=1) for x in (test, train)]
+    similarities, _ = nearest(*unit, 100)
+    assert np.allclose(result.similarities, similarities, atol=1e-6)
+    alone = knn_classify(test, test_y, test, test_y, ks=[100], leave_one_out=True)
+    similarities, _ = nearest(unit[0], unit[0], 100, leave_one_out=True)
+    assert np.allclose(alone.similarities, similarities, atol=1e-6)
+
+
 def test_votes_beyond_a_smaller_k_do_not_reach_it():
     # The two nearest are class 0; eight farther ones of class 1 outvote them only at k = 10.
     train = np.array([[1.0, 0.01 * i] for i in range(10)], dtype=np.float32)

@@ -1,0 +1,178 @@
+"""Frozen features of images, batch by batch: what `embed` streams to disk and every benchmark is fed by.
+
+Knows nothing of files or labels; images come as uint8 batches and go as float32 features on the CPU.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2cli.data.bad import BadImages
+from dinov2cli.data.loader import iterate_images
+from dinov2cli.data.source import ImageSource
+from dinov2cli.device import autocast
+from dinov2cli.errors import UserError
+from dinov2cli.models.preprocess import Preprocess
+from dinov2cli.models.vit import VisionTransformer
+
+Pool = Literal["cls", "mean", "cls+mean"]
+POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")
+
+Rate = Callable[[int, float], None]
+"""Called after every batch with (images done, seconds since the first batch was asked for)."""
+
+
+class ImageBatch(Protocol):
+    """Anything with uint8 images [n, 3, H, W], for example `data.loader.Batch`."""
+
+    images: Tensor
+
+
+B = TypeVar("B", bound=ImageBatch)
+
+
+@dataclass
+class FeatureBatch(Generic[B]):
+    """Features of one batch, float32 on the CPU. `batch` is the very object that came in (its index, sizes, hashes)."""
+
+    batch: B
+    pooled: Tensor  # [n, D], [n, 2D] for cls+mean
+    patches: Tensor | None = None  # [n, N, D] after the final norm
+    class_tokens: Tensor | None = None  # [n, blocks, D] of the last blocks after the final norm, oldest first
+    averaged_patches: Tensor | None = None  # [n, D] of the last block
+
+
+@dataclass
+class Features:
+    """Features of a whole source; row i belongs to row `index[i]` of the source (unreadable images have no row)."""
+
+    index: np.ndarray  # int64 [n]
+    pooled: np.ndarray  # float32 [n, D or 2D]
+    labels: np.ndarray | None  # int64 [n], -1 where an image has none
+    label_names: list[str] | None
+    class_tokens: np.ndarray | None
+    averaged_patches: np.ndarray | None
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def pooled_dim(embed_dim: int, pool: Pool) -> int:
+    """Length of the pooled vector of a backbone with this embed_dim."""
+    return 2 * embed_dim if pool == "cls+mean" else embed_dim
+
+
+def _pool(cls_BD: Tensor, patches_BND: Tensor, pool: Pool) -> Tensor:
+    if pool == "cls":
+        return cls_BD
+    mean_BD = patches_BND.mean(dim=1)
+    return mean_BD if pool == "mean" else torch.cat([cls_BD, mean_BD], dim=1)
+
+
+def extract(
+    backbone: VisionTransformer,
+    batches: Iterable[B],
+    *,
+    preprocess: Preprocess,
+    pool: Pool = "cls",
+    patches: bool = False,
+    last_blocks: int = 0,
+    precision: str = "fp32",
+    on_rate: Rate | None = None,
+) -> Iterator[FeatureBatch[B]]:
+    """Yield the features of every batch, on the device of `backbone`, which must be in eval mode.
+
+    `pool` picks class token, mean of patch tokens or both concatenated, all after the final norm. `patches` keeps the
+    patch tokens too. `last_blocks` > 0 adds what the linear probe reads: the class tokens of that many last blocks (all
+    blocks, if the backbone has fewer) and the averaged patches of the last. Vectors are not L2-normalised.
+    Raises UserError for an unknown pool or precision.
+    """
+    if pool not in POOLS:
+        raise UserError(f"pool {pool!r} is not known: expected one of {', '.join(POOLS)}")
+    device = backbone.cls_token.device
+    autocast(device, precision)  # an unknown name must fail before the first image is read
+    blocks = range(max(0, backbone.depth - last_blocks), backbone.depth)
+    done, started = 0, time.perf_counter()
+    for batch in batches:
+        with torch.inference_mode(), autocast(device, precision):
+            images = preprocess.normalize(batch.images.to(device, non_blocking=True))
+            if last_blocks > 0:
+                seen = backbone.intermediate(images, list(blocks), norm=True)
+                patch_tokens, cls = seen[-1]
+                tokens = torch.stack([cls for _, cls in seen], dim=1)
+            else:
+                output = backbone(images)
+                patch_tokens, cls, tokens = output.patches, output.cls, None
+            patch_tokens = patch_tokens.float()
+            features = FeatureBatch(
+                batch=batch,
+                pooled=_pool(cls.float(), patch_tokens, pool).cpu(),
+                patches=patch_tokens.cpu() if patches else None,
+                class_tokens=tokens.float().cpu() if tokens is not None else None,
+                averaged_patches=patch_tokens.mean(dim=1).cpu() if tokens is not None else None,
+            )
+        done += len(batch.images)
+        if on_rate is not None:
+            on_rate(done, time.perf_counter() - started)
+        yield features
+
+
+def extract_source(
+    backbone: VisionTransformer,
+    source: ImageSource,
+    *,
+    preprocess: Preprocess,
+    pool: Pool = "cls",
+    last_blocks: int = 0,
+    precision: str = "fp32",
+    batch_size: int = 64,
+    workers: int = 0,
+    bad: BadImages | None = None,
+    on_rate: Rate | None = None,
+) -> Features:
+    """Features of all readable images of a source, in memory, with their labels where the source has any.
+
+    Raises what `iterate_images` and `extract` raise.
+    """
+    started = time.perf_counter()
+    batches = iterate_images(
+        source,
+        resize=preprocess.resize,
+        crop=preprocess.crop,
+        batch_size=batch_size,
+        workers=workers,
+        bad=BadImages() if bad is None else bad,
+    )
+    parts = list(
+        extract(
+            backbone,
+            batches,
+            preprocess=preprocess,
+            pool=pool,
+            last_blocks=last_blocks,
+            precision=precision,
+            on_rate=on_rate,
+        )
+    )
+    index = np.concatenate([np.zeros(0, np.int64), *(part.batch.index for part in parts)])
+
+    def joined(tensors: list[Tensor | None]) -> np.ndarray | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present).numpy() if present else None
+
+    pooled = joined([part.pooled for part in parts])
+    return Features(
+        index=index,
+        pooled=np.zeros((0, pooled_dim(backbone.embed_dim, pool)), np.float32) if pooled is None else pooled,
+        labels=None if source.labels is None else source.labels[index],
+        label_names=source.label_names,
+        class_tokens=joined([part.class_tokens for part in parts]),
+        averaged_patches=joined([part.averaged_patches for part in parts]),
+        seconds=time.perf_counter() - started,
+    )

@@ -51,14 +51,17 @@ class BadImages:
             logger.warning("skipped unreadable image %s: %s", name, reason)
 
     def check(self, total: int) -> None:
-        """Stop the run when more than `min_count` images and more than `max_fraction` of `total` are unreadable.
+        """Stop when more than `min_count` images and more than `max_fraction` of `total` are unreadable, or all are.
 
         Raises:
             InputError: over the limit; the message names the first files.
         """
-        if self.count <= self.min_count or self.count <= self.max_fraction * total:
+        nothing_left = self.count >= total > 0
+        if not nothing_left and (self.count <= self.min_count or self.count <= self.max_fraction * total):
             return
         first = "; ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3])
+        if nothing_left:
+            raise InputError(f"none of the {total} images can be read: {first}; give another set or repair it")
         raise InputError(
             f"{self.count} of {total} images cannot be read, the limit is {self.max_fraction:.1%}: {first}; "
             "repair or remove them, or raise data.max_bad_fraction"

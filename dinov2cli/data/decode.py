@@ -7,6 +7,7 @@ value (a 12-bit scan in a 16-bit file is not black); of an animation the first f
 
 import io
 import warnings
+from functools import cache
 
 import numpy as np
 import torch
@@ -35,16 +36,13 @@ def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> np.
     Raises:
         BadImage: not an image, truncated, corrupt, or too large.
     """
-    # Pillow warns about damaged metadata and from half of its own pixel limit; what counts here raises.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = _open(data, name, max_pixels)
-        try:
-            image.load()
-            rgb = _to_rgb(_upright(image))
-            return np.array(rgb, dtype=np.uint8)
-        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error
-            raise BadImage(name, _reason(error)) from error
+    image = _open(data, name, max_pixels)
+    try:
+        image.load()
+        rgb = _to_rgb(_upright(image))
+        return np.array(rgb, dtype=np.uint8)
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
+        raise BadImage(name, _reason(error)) from error
 
 
 def probe_size(data: bytes, *, name: str = "image") -> tuple[int, int]:
@@ -53,11 +51,9 @@ def probe_size(data: bytes, *, name: str = "image") -> tuple[int, int]:
     Raises:
         BadImage: not an image.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = _open(data, name, MAX_PIXELS)
-        width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+    image = _open(data, name, MAX_PIXELS)
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def resize_center_crop(image_HWC: np.ndarray, resize: int, crop: int) -> torch.Tensor:
@@ -107,6 +103,7 @@ def _trim(image_HWC: np.ndarray) -> np.ndarray:
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if not data:
         raise BadImage(name, "empty file")
+    _quiet_pillow()
     # Another library in the process may have switched this on; half a picture must not pass as a whole one.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -125,6 +122,15 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if width < 1 or height < 1:
         raise BadImage(name, f"no pixels ({width} x {height})")
     return image
+
+
+@cache
+def _quiet_pillow() -> None:
+    """Pillow warns about damaged metadata and from half of its own pixel limit; here what matters raises.
+
+    Once for the process: `warnings.catch_warnings` around each image would not be safe where threads decode.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _reason(error: Exception) -> str:

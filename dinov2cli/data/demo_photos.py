@@ -129,8 +129,9 @@ def test_cells(width: int, height: int) -> np.ndarray:
     return np.array(cells, dtype=np.int64)
 
 
+@lru_cache(maxsize=8)
 def plan_tiles(split: str, *, count: int, size: int, seed: int, copies: float) -> Tiles:
-    """Choose the tiles of one split; a pure function of its arguments.
+    """Choose the tiles of one split; a pure function of its arguments (and cached as such).
 
     Args:
         split: 'train' or 'test'.

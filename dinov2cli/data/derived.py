@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from dinov2cli.artifacts.embeddings import open_embeddings
 from dinov2cli.artifacts.selection import KEPT_COLUMNS, open_selection
+from dinov2cli.data.columns import integer_labels
 from dinov2cli.data.source import ImageSource, open_source
 from dinov2cli.data.spec import DataSpec, suggestion
-from dinov2cli.data.tables import integer_labels
 from dinov2cli.errors import InputError
 
 _STRUCTURE = ("id", "image_path", "source", "row", "width", "height", "sha256", "label")
@@ -106,15 +106,7 @@ def open_selected(spec: DataSpec) -> ImageSource:
         )
     if not kept.num_rows:
         raise InputError(f"{path}: the selection kept no image; make it again with a wider choice")
-    encoded = kept.column("source").combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-    sources = [_open_behind(str(text), path) for text in encoded.dictionary.to_pylist()]
-    which = encoded.indices.to_numpy().astype(np.int64)
-    rows = kept.column("row").to_numpy().astype(np.int64)
-    for number, source in enumerate(sources):
-        _check_unchanged(path, kept, source, np.flatnonzero(which == number), rows)
-    return DerivedSource(spec, kept, sources, which, rows)
+    return _pointing(spec, kept, path, "make the selection again")
 
 
 def open_embedded(spec: DataSpec) -> ImageSource:
@@ -125,11 +117,14 @@ def open_embedded(spec: DataSpec) -> ImageSource:
     """
     path = Path(spec.location)
     embeddings = open_embeddings(path)
+    table = embeddings.metadata()
+    if {"source", "row"} <= set(table.column_names):
+        return _pointing(spec, table, path, "run `dinov2 embed` again")
+    # Made by another program or an older version: the rows are found by their ids in the input of the manifest.
     recorded = [str(entry["spec"]) for entry in embeddings.manifest.inputs if "rows" in entry and "spec" in entry]
     if not recorded:
         raise InputError(f"{path}: its manifest names no images; give the images themselves as DATA")
     source = _open_behind(recorded[0], path)
-    table = embeddings.metadata()
     row_of = {name: row for row, name in enumerate(source.ids)}
     names = [str(value) for value in table.column("id").to_pylist()]
     gone = [name for name in names if name not in row_of]
@@ -149,14 +144,22 @@ def _open_behind(text: str, path: Path) -> ImageSource:
         raise InputError(f"{path} points to images that cannot be opened: {error}") from error
 
 
-def _check_unchanged(path: Path, kept: pa.Table, source: ImageSource, here: np.ndarray, rows: np.ndarray) -> None:
-    """A row number means nothing once files were added or removed: compare the recorded paths with today's."""
-    recorded = kept.column("image_path").take(pa.array(here)).to_pylist()
-    names = source.paths
-    for row, was in zip(rows[here].tolist(), recorded, strict=True):
-        now = names[row] if 0 <= row < len(names) else "nothing"
+def _pointing(spec: DataSpec, table: pa.Table, path: Path, cure: str) -> DerivedSource:
+    """A table with `source` and `row` as a source of images, after a look at whether those still are what they were."""
+    encoded = table.column("source").combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    sources = [_open_behind(str(text), path) for text in encoded.dictionary.to_pylist()]
+    which = encoded.indices.to_numpy().astype(np.int64)
+    rows = table.column("row").to_numpy().astype(np.int64)
+    recorded = table.column("image_path").to_pylist()
+    names = [source.paths for source in sources]
+    # A row number means nothing once files were added or removed: compare the recorded paths with today's.
+    for number, row, was in zip(which.tolist(), rows.tolist(), recorded, strict=True):
+        now = names[number][row] if 0 <= row < len(names[number]) else "nothing"
         if now != was:
             raise InputError(
-                f"{path}: row {row} of {source.spec} was {was} when the selection was made and is {now} now; "
-                "the images changed since: make the selection again"
+                f"{path}: row {row} of {sources[number].spec} was {was} and is {now} now; "
+                f"the images changed since: {cure}"
             )
+    return DerivedSource(spec, table, sources, which, rows)

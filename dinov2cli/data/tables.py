@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dinov2cli.data.bad import BadImage
-from dinov2cli.data.source import PIXEL_ROLES, ImageSource, hash_files
+from dinov2cli.data.columns import choose_columns, integer_labels, is_pixels
+from dinov2cli.data.source import ImageSource, hash_files
 from dinov2cli.data.spec import DataSpec, is_local_hub, suggestion
 from dinov2cli.errors import InputError, WorkError
 
-_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values", "bytes")
 _LABEL_NAMES = ("label", "cls")
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev")
 
@@ -40,7 +40,7 @@ class TableSource(ImageSource):
         self._hash = content_hash
         roles = choose_columns(dataset.features, spec.options, spec.location)
         self._roles = roles
-        pixels = {name for name, feature in dataset.features.items() if _is_pixels(feature)} | set(roles.values())
+        pixels = {name for name, feature in dataset.features.items() if is_pixels(feature)} | set(roles.values())
         # One single-column view per role: reading a row must not fetch its neighbours' pixels.
         self._pixels = {role: _undecoded(dataset.select_columns([name]), name) for role, name in roles.items()}
         self._rest = dataset.select_columns([name for name in dataset.column_names if name not in pixels])
@@ -115,60 +115,6 @@ class TableSource(ImageSource):
         return self._hash
 
 
-def integer_labels(column: pa.ChunkedArray, names: list[str] | None, where: str) -> tuple[np.ndarray, list[str] | None]:
-    """A column as int64 labels, -1 for null; strings are numbered in alphabetical order.
-
-    Raises:
-        InputError: neither whole numbers nor strings.
-    """
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
-        values = column.to_pylist()
-        names = sorted({value for value in values if value is not None})
-        number = {value: index for index, value in enumerate(names)}
-        return np.array([number.get(value, -1) for value in values], dtype=np.int64), names
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
-        return pc.fill_null(column.cast(pa.int64()), -1).to_numpy().astype(np.int64), names
-    if pa.types.is_floating(kind):
-        values = pc.fill_null(column, -1).to_numpy()
-        if np.array_equal(values, np.round(values)):
-            return values.astype(np.int64), names
-    raise InputError(
-        f"{where}: labels are of type {kind}, expected whole numbers or strings; name another with ?label="
-    )
-
-
-def choose_columns(features: Any, options: dict[str, str], location: str) -> dict[str, str]:
-    """Column name of every pixel role that is present: {'image': …, 'mask': …, 'depth': …}.
-
-    Raises:
-        InputError: no image column, or one named in the spec is absent or holds no images.
-    """
-    roles: dict[str, str] = {}
-    for role in PIXEL_ROLES:
-        asked = options.get(role)
-        if asked is None:
-            if role != "image" and role in features and _is_pixels(features[role]):
-                roles[role] = role
-            continue
-        if asked not in features:
-            raise InputError(
-                f"{location}: no column '{asked}' for {role}{suggestion(asked, list(features))}; "
-                f"its columns are {', '.join(features)}"
-            )
-        if not (_is_pixels(features[asked]) or _is_value(features[asked], "string", "large_string")):
-            raise InputError(f"{location}: column '{asked}' holds {_describe(features[asked])}, not images")
-        roles[role] = asked
-    if "image" not in roles:
-        taken = set(roles.values())
-        candidates = [name for name, feature in features.items() if _is_pixels(feature) and name not in taken]
-        if not candidates:
-            columns = ", ".join(f"{name} ({_describe(feature)})" for name, feature in features.items())
-            raise InputError(f"{location}: no image column among {columns}; name it with ?image=COLUMN")
-        roles["image"] = next((name for name in _IMAGE_NAMES if name in candidates), candidates[0])
-    return roles
-
-
 def open_parquet(spec: DataSpec, files: Sequence[str]) -> ImageSource:
     """Parquet files, in the order given, as one source.
 
@@ -184,7 +130,7 @@ def open_parquet(spec: DataSpec, files: Sequence[str]) -> ImageSource:
             ) from error
         choose_columns(datasets.Features.from_arrow_schema(schema), spec.options, path)  # before anything is copied
     absolute = [os.path.abspath(path) for path in files]
-    with _reading(spec.location, "Parquet files with the same columns"):
+    with reading(spec.location, "Parquet files with the same columns"):
         dataset = datasets.load_dataset(
             "parquet", data_files={"data": [_escape(path) for path in absolute]}, split="data"
         )
@@ -226,7 +172,7 @@ def open_hub(spec: DataSpec) -> ImageSource:
     name, options = spec.location, spec.options
     local = is_local_hub(name)
     wanted = options.get("split", "train")
-    with _reading(f"hf:{name}", "a dataset of the Hugging Face hub"):
+    with reading(f"hf:{name}", "a dataset of the Hugging Face hub"):
         dataset = datasets.load_dataset(
             os.path.abspath(name) if local else name,
             options.get("config"),
@@ -263,13 +209,16 @@ def quiet_datasets() -> Iterator[None]:
 
 
 @contextmanager
-def _reading(location: str, expected: str) -> Iterator[None]:
+def reading(location: str, expected: str) -> Iterator[None]:
+    """Turn whatever `datasets` raises into one line for the user; an InputError raised inside a builder passes."""
     try:
         with quiet_datasets():
             yield
-    except Exception as error:  # whatever a builder, the hub client or Arrow raises, the user needs one line
+    except Exception as error:
         chain: BaseException | None = error
         while chain is not None:
+            if isinstance(chain, InputError):
+                raise chain from None
             if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise WorkError(
                     f"{location}: no space left for the Arrow copy in {datasets.config.HF_DATASETS_CACHE}; "
@@ -283,22 +232,6 @@ def _undecoded(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     if isinstance(dataset.features[column], datasets.Image):
         return dataset.cast_column(column, datasets.Image(decode=False))
     return dataset
-
-
-def _is_pixels(feature: Any) -> bool:
-    if isinstance(feature, datasets.Image):
-        return True
-    if isinstance(feature, dict):
-        return {"bytes", "path"} <= set(feature)
-    return _is_value(feature, "binary", "large_binary")
-
-
-def _is_value(feature: Any, *kinds: str) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in kinds
-
-
-def _describe(feature: Any) -> str:
-    return str(feature.dtype) if isinstance(feature, datasets.Value) else type(feature).__name__.lower()
 
 
 def _first_line(error: BaseException) -> str:

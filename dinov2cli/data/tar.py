@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dinov2cli.data.bad import BadImage
+from dinov2cli.data.columns import integer_labels
 from dinov2cli.data.source import PIXEL_ROLES, ImageSource, hash_files
 from dinov2cli.data.spec import IMAGE_EXTENSIONS, DataSpec, suggestion
-from dinov2cli.data.tables import integer_labels, quiet_datasets
+from dinov2cli.data.tables import reading
 from dinov2cli.errors import InputError
 
 _MAX_OPEN_FILES = 64
@@ -159,29 +160,28 @@ def open_tar(spec: DataSpec, files: Sequence[str]) -> ImageSource:
             raise InputError(
                 f"{file}: compressed shards cannot be read at random; unpack it first with `gunzip {file}`"
             )
-    # Size and time are arguments only so that the cached index of a changed file is not used.
-    stamps = [[os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in absolute]
-    with quiet_datasets():
-        try:
-            index = datasets.Dataset.from_generator(
-                _index, features=_FEATURES, gen_kwargs={"files": absolute, "stamps": stamps}
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise
+    # One entry per shard; size and time are in it only so that the cached index of a changed file is not used.
+    shards = [(number, file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for number, file in enumerate(absolute)]
+    with reading(spec.location, "WebDataset shards"):
+        index = datasets.Dataset.from_generator(_index, features=_FEATURES, gen_kwargs={"shards": shards})
     return TarSource(spec, absolute, index)
 
 
-def _index(files: list[str], stamps: list[list[int]]) -> Iterator[dict[str, Any]]:
-    """One row per sample of all shards. `stamps` only marks the version of the files for the cache."""
-    del stamps
-    for shard, path in enumerate(files):
+def _index(shards: list[tuple[int, str, int, int]]) -> Iterator[dict[str, Any]]:
+    """One row per sample. `datasets` may call this with any part of the shards: each carries its number."""
+    for number, path, _, _ in shards:
+        empty = True
         try:
             with tarfile.open(path, "r:") as tar:
-                yield from _samples(shard, path, tar)
+                for sample in _samples(number, path, tar):
+                    empty = False
+                    yield sample
         except tarfile.ReadError as error:
             raise InputError(f"{path}: not a whole tar file ({error}); fetch or write it again") from error
+        if empty:
+            raise InputError(
+                f"{path}: no files in the tar; expected WebDataset samples such as 000001.jpg + 000001.json"
+            )
 
 
 def _samples(shard: int, path: str, tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
@@ -247,10 +247,6 @@ def _rank(name: str, asked: str | None, roles: dict[str, str]) -> int:
 
 def _raise_no_images(spec: DataSpec, table: pa.Table) -> None:
     extensions = Counter(name for row in table.column("members").to_pylist() for name in (m["extension"] for m in row))
-    if not extensions:
-        raise InputError(
-            f"{spec.location}: no files in the tar; expected WebDataset samples such as 000001.jpg + 000001.json"
-        )
     found = ", ".join(f"{count} .{name}" for name, count in extensions.most_common(5))
     asked = spec.options.get("image")
     wanted = f"no member '.{asked}' (asked by ?image={asked})" if asked else "no images"

@@ -89,8 +89,6 @@ def sinkhorn_scalings(
             row_scale=(row_shift / temperature).exp_(),  # v = 1 before the row shift was taken out
             valid=valid,
         )
-        if valid is not None:
-            targets.row_scale.mul_(valid)
         _iterate(targets, iterations, group)
     return targets
 

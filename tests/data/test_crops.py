@@ -124,6 +124,12 @@ class TestMultiCrop:
             assert stats.kstest(draws, "uniform").pvalue > 1e-3
             assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 4 / np.sqrt(2000)
 
+    def test_the_streams_of_neighbouring_keys_do_not_overlap(self):
+        """Not even shifted: Philox serves blocks of four draws by its counter."""
+        keys = [(0, 0, 0), (0, 1, 0), (0, 2, 0), (1, 0, 0), (0, 0, 1)]
+        draws = np.concatenate([sample_rng(*key).random(100) for key in keys])
+        assert len(np.unique(draws)) == len(draws)
+
     def test_crops_come_from_the_scales(self):
         """In an image of a horizontal ramp, the range of a crop's values tells the box's width."""
         ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3)).copy()

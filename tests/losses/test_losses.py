@@ -244,6 +244,7 @@ class TestKoleo:
     @pytest.mark.parametrize("garbage", [0.0, float("nan")])
     def test_padding_rows_never_enter(self, garbage):
         x = normal(6, 8)
+        x[2] = 1 + 0.01 * x[2]  # next to what stands in for padding, which must not be its neighbour
         padded = torch.cat([x, torch.full((3, 8), garbage)]).requires_grad_()
         leaf = x.clone().requires_grad_()
         plain, loss = koleo_loss(leaf), koleo_loss(padded, valid=torch.arange(9) < 6)
@@ -265,8 +266,7 @@ class TestKoleo:
         torch.testing.assert_close(koleo_loss(x[order] * lengths), koleo_loss(x), rtol=1e-5, atol=1e-6)
 
     def test_autocast_does_not_touch_it(self):
-        x = normal(9, 8)
+        x = 1 + 0.05 * normal(30, 8)  # so close together that bfloat16 cannot tell who is nearest
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(koleo_loss(x), koleo_loss(x.clone()))
             inside = koleo_loss(x)
         assert torch.equal(inside, koleo_loss(x))

@@ -1,0 +1,211 @@
+"""Charts as SVG text, drawn with matplotlib (imported on first use, no display, no global state)."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dinov2cli.report.palette import LIGHT, themed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOSS_NAMES = {
+    "loss/total": "Total loss",
+    "loss/dino_local": "DINO, local crops",
+    "loss/dino_global": "DINO, global crops",
+    "loss/ibot": "iBOT, masked patches",
+    "loss/koleo": "KoLeo, spread of features",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+}
+_INCHES = 9.4  # figure width; the page shows 72 points an inch, so about 900 CSS pixels
+_SMOOTH_FROM = 60  # points; shorter curves are shown as they are
+
+# (value, low, high)
+Estimate = tuple[float, float, float]
+
+
+def _figure(rows: int, columns: int, height: float, width: float = _INCHES) -> "tuple[Figure, list[Axes]]":
+    """An empty figure with plain axes: no box, light horizontal rules."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axis.spines[side].set_color(LIGHT["rule"])
+        axis.tick_params(colors=LIGHT["muted"], labelsize=9, length=0)
+        axis.grid(axis="y", color=LIGHT["rule"], linewidth=0.7)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _title(axis: "Axes", text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=10, color=LIGHT["ink"], pad=6)
+
+
+def _svg(figure: "Figure") -> str:
+    """The figure as themed SVG text, the same bytes for the same data."""
+    import matplotlib
+
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "dinov2", "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings):
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return themed(text[text.index("<svg") :])
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Gaussian average of a curve [n], width a fortieth of its length; centred, so that it does not lag behind."""
+    width = len(values) / 40
+    reach = math.ceil(3 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    # Dividing by the weight that lies inside keeps the ends unbiased by what is missing beyond them.
+    inside = np.convolve(np.ones(len(values)), kernel)[reach:-reach]
+    return np.convolve(values, kernel)[reach:-reach] / inside
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one metric."""
+    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+
+
+def loss_curves(rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None = None) -> str:
+    """One small chart per metric of `metrics.jsonl` over the steps: the loss and its terms, learning rate, gradients.
+
+    `keys` picks metrics, else every `loss/…` present, then `lr` and `grad_norm`. Long curves get an average over the
+    raw line. Raises ValueError if no row has any of them.
+    """
+    if keys is None:
+        terms = {key for row in rows for key in row if key.startswith("loss/")}
+        known = [key for key in LOSS_NAMES if key in terms]
+        keys = [*known, *sorted(terms - set(known)), "lr", "grad_norm"]
+    curves = [(key, *_series(rows, key)) for key in keys]
+    curves = [curve for curve in curves if len(curve[1])]
+    if not curves:
+        raise ValueError(f"no finite value of {', '.join(keys)} in {len(rows)} rows of metrics")
+    columns = 4 if len(curves) in (4, 7, 8) else min(3, len(curves))
+    lines = math.ceil(len(curves) / columns)
+    figure, axes = _figure(lines, columns, (1.7 if columns == 4 else 2.0) * lines, _INCHES * min(1, columns / 3))
+    for axis, (key, steps, values) in zip(axes, curves, strict=False):
+        long = len(values) >= _SMOOTH_FROM and key != "lr"
+        axis.plot(steps, values, color=LIGHT["soft" if long else "accent"], linewidth=0.8 if long else 1.6)
+        if long:
+            axis.plot(steps, smooth(values), color=LIGHT["accent"], linewidth=1.6)
+        _title(axis, LOSS_NAMES.get(key, key))
+        axis.margins(x=0.01)
+        axis.locator_params(axis="both", nbins=4)
+        if key == "lr":
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+            axis.yaxis.get_offset_text().set(color=LIGHT["muted"], fontsize=9)
+    for axis in axes[len(curves) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(curves) - columns) : len(curves)]:
+        axis.set_xlabel("step", fontsize=9, color=LIGHT["muted"])
+    return _svg(figure)
+
+
+def comparison_bars(
+    names: Sequence[str], series: Mapping[str, Sequence[Estimate]], *, chance: Sequence[float] | None = None
+) -> str:
+    """Horizontal bars of fractions, in per cent, with confidence intervals: one group per name, one bar per series.
+
+    `series` maps a label ("before training") to one (value, low, high) per name, the last series being the subject;
+    `chance` marks the accuracy of guessing for each name. Raises ValueError if the lengths differ.
+    """
+    if any(len(values) != len(names) for values in series.values()) or (chance and len(chance) != len(names)):
+        raise ValueError(f"every series needs one estimate for each of the {len(names)} names")
+    count = len(series)
+    thick = 0.8 / count
+    colours = [LIGHT["soft"]] * (count - 1) + [LIGHT["accent"]]
+    figure, (axis,) = _figure(1, 1, 0.75 + 0.27 * len(names) * (count + 0.6))
+    axis.grid(visible=False, axis="y")
+    axis.grid(axis="x", color=LIGHT["rule"], linewidth=0.7)
+    for index, (label, values) in enumerate(series.items()):
+        where = np.arange(len(names)) + (index - (count - 1) / 2) * thick
+        value, low, high = (100 * np.array([estimate[i] for estimate in values]) for i in range(3))
+        axis.barh(where, value, height=thick * 0.86, color=colours[index], label=label)
+        errors = np.maximum(0, [value - low, high - value])
+        axis.errorbar(value, where, xerr=errors, fmt="none", ecolor=LIGHT["ink"], elinewidth=1.1, capsize=2.5)
+        for at, number, end in zip(where, value, high, strict=True):
+            axis.text(end + 1.2, at, f"{number:.1f} %", va="center", fontsize=9, color=LIGHT["ink"])
+    if chance:
+        for at, guess in enumerate(chance):
+            axis.plot([100 * guess] * 2, [at - 0.45, at + 0.45], color=LIGHT["warm"], linewidth=1.3, linestyle=":")
+        axis.plot([], [], color=LIGHT["warm"], linewidth=1.3, linestyle=":", label="guessing")
+    axis.set_yticks(range(len(names)), list(names), fontsize=10, color=LIGHT["ink"])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 108)
+    axis.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
+    axis.spines["left"].set_visible(False)
+    figure.legend(
+        loc="outside upper left",
+        ncols=count + bool(chance),
+        frameon=False,
+        fontsize=9,
+        labelcolor=LIGHT["ink"],
+        handlelength=1.4,
+    )
+    return _svg(figure)
+
+
+def cluster_sizes(sizes: Sequence[int] | np.ndarray, *, unit: str = "clusters") -> str:
+    """Histogram of the numbers of images in clusters or groups, on a logarithmic axis where sizes differ widely."""
+    from matplotlib.ticker import MaxNLocator
+
+    values = np.asarray(sizes, dtype=np.float64)
+    values = values[values > 0]
+    if not len(values):
+        raise ValueError("there is no cluster with an image in it")
+    low, high = values.min(), values.max()
+    wide = high > 30 * low
+    whole = np.arange(low, high + 2) - 0.5
+    bins = np.geomspace(low, high * 1.001, 25) if wide else whole if len(whole) <= 41 else np.linspace(low, high, 31)
+    figure, (axis,) = _figure(1, 1, 2.3, 6.4)
+    axis.hist(values, bins=bins.tolist(), color=LIGHT["accent"], rwidth=0.92)
+    if wide:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    elif len(bins) <= 12:
+        axis.set_xticks(np.arange(low, high + 1))
+    axis.minorticks_off()
+    axis.set_xlabel("images in it", fontsize=9, color=LIGHT["muted"])
+    _title(axis, f"Number of {unit} by size: {len(values):,} {unit}, median {np.median(values):,.0f} images")
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    return _svg(figure)
+
+
+def similarity_histogram(similarities: Sequence[float] | np.ndarray, threshold: float) -> str:
+    """Histogram of cosine similarities (logarithmic counts) with everything from the threshold up in another colour."""
+    values = np.asarray(similarities, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        raise ValueError("there is no similarity to show")
+    low, high = min(values.min(), threshold), max(values.max(), threshold)
+    width = max(high - low, 1e-3) / 48
+    # Bins meet at the threshold, so that no bar is half above it.
+    left = threshold - width * np.arange(math.ceil((threshold - low) / width), -1, -1)
+    right = threshold + width * np.arange(1, math.ceil((high - threshold) / width) + 2)
+    figure, (axis,) = _figure(1, 1, 2.4, 6.4)
+    counts, edges = np.histogram(values, bins=np.concatenate([left, right]))
+    above = edges[:-1] >= threshold - width / 2
+    for chosen, colour in ((~above, LIGHT["soft"]), (above, LIGHT["accent"])):
+        axis.bar(edges[:-1][chosen], counts[chosen], width=width * 0.92, align="edge", color=colour)
+    axis.set_yscale("log")
+    axis.set_ylim(0.7, max(counts.max() * 2, 2))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.minorticks_off()
+    axis.axvline(threshold, color=LIGHT["warm"], linewidth=1.3)
+    axis.set_xlabel("cosine similarity", fontsize=9, color=LIGHT["muted"])
+    share = np.mean(values >= threshold)
+    _title(axis, f"{np.sum(values >= threshold):,} of {len(values):,} ({share:.1%}) at or above {threshold:.2f}")
+    return _svg(figure)

@@ -127,13 +127,16 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """The backbone; None keeps the architecture's own value. `init_from` continues from the weights of any MODEL."""
+    """The backbone; None keeps the architecture's own value, `layerscale: 0` leaves LayerScale out.
+
+    `init_from` continues from the weights of any MODEL.
+    """
 
     arch: str = "vits14"
     patch_size: Count | None = None
     registers: CountOrZero | None = None
     ffn: Literal["mlp", "swiglu"] | None = None
-    layerscale: Amount | None = 1e-5
+    layerscale: AmountOrZero | None = None
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     drop_path_uniform: bool = True
     init_from: str | None = None

@@ -9,11 +9,11 @@ import typer
 from dinov2cli.cli import options
 
 if TYPE_CHECKING:
-    from dinov2cli.artifacts.results import ResultRow
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import EvalConfig, KnnConfig, LinearConfig
     from dinov2cli.data.source import ImageSource
     from dinov2cli.evaluation.features import Features
+    from dinov2cli.evaluation.tasks import Outcome
     from dinov2cli.models.load import LoadedModel
 
 app = typer.Typer(no_args_is_help=True, help="Measure frozen features, with confidence intervals.")
@@ -129,7 +129,10 @@ def run_eval(
     if out is None:
         return
     with out:
-        rows = _BENCHMARKS[task](loaded, sources, config, talk)
+        result = _BENCHMARKS[task](loaded, sources, config, talk).result
+        for note in result.notes:
+            talk.warn(note)
+        rows = result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
         report = results_report(rows, title=f"{task} of {loaded.name}")
         manifest = write_results(out, rows, report=report, random=loaded.random)
     for row in rows:
@@ -137,42 +140,43 @@ def run_eval(
     talk.result(path, **result_fields(manifest), results=[asdict(row) for row in rows])
 
 
-def _knn(loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig", talk: "Talk") -> "list[ResultRow]":
-    from dinov2cli.evaluation.knn import knn_classify
+def _knn(loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig", talk: "Talk") -> "Outcome":
+    from dinov2cli.evaluation.tasks import knn as task
 
     train, test = (_features(loaded, source, config, talk, pool=config.pool) for source in sources)
-    (train_x, train_y), (test_x, test_y) = _labelled(train, test, sources, lambda f: f.pooled)
-    result = knn_classify(
-        train_x, train_y, test_x, test_y, ks=config.neighbours, temperature=config.temperature,
+    return task(
+        train,
+        test,
+        ks=config.neighbours,
+        temperature=config.temperature,
         device=loaded.backbone.cls_token.device,
-    )  # fmt: skip
-    for note in result.notes:
-        talk.warn(note)
-    return result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
+        train_spec=sources[0].spec,
+        test_spec=sources[1].spec,
+    )
 
 
-def _linear(
-    loaded: "LoadedModel", sources: "list[ImageSource]", config: "LinearConfig", talk: "Talk"
-) -> "list[ResultRow]":
-    from dinov2cli.evaluation.linear import linear_probe
+def _linear(loaded: "LoadedModel", sources: "list[ImageSource]", config: "LinearConfig", talk: "Talk") -> "Outcome":
+    from dinov2cli.evaluation.tasks import linear as task
 
     last = max(config.blocks)
     train, test = (_features(loaded, source, config, talk, last_blocks=last) for source in sources)
-    (train_x, train_y), (test_x, test_y) = _labelled(
-        train, test, sources, lambda f: (f.class_tokens, f.averaged_patches)
-    )
     talk.say("training the grid of linear heads on cached features")
-    result = linear_probe(
-        *train_x, train_y, *test_x, test_y, seed=config.seed, learning_rates=config.learning_rates,
-        blocks=config.blocks, batch_size=config.train_batch_size, steps=config.steps,
-        validation_fraction=config.validation_fraction, device=loaded.backbone.cls_token.device,
-    )  # fmt: skip
-    for note in result.notes:
-        talk.warn(note)
-    return result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
+    return task(
+        train,
+        test,
+        seed=config.seed,
+        learning_rates=config.learning_rates,
+        blocks=config.blocks,
+        batch_size=config.train_batch_size,
+        steps=config.steps,
+        validation_fraction=config.validation_fraction,
+        device=loaded.backbone.cls_token.device,
+        train_spec=sources[0].spec,
+        test_spec=sources[1].spec,
+    )
 
 
-_BENCHMARKS: dict[str, Callable[..., "list[ResultRow]"]] = {"knn": _knn, "linear": _linear}
+_BENCHMARKS: dict[str, Callable[..., "Outcome"]] = {"knn": _knn, "linear": _linear}
 
 
 def _features(
@@ -205,22 +209,3 @@ def _features(
             on_rate=on_rate,
             **what,
         )
-
-
-def _labelled(
-    train: "Features", test: "Features", sources: "list[ImageSource]", pick: "Callable[[Features], Any]"
-) -> list[tuple[Any, Any]]:
-    """Features and labels of the labelled rows of both sets, the labels in one numbering."""
-    from dinov2cli.evaluation.scores import align_labels
-
-    train_y, test_y, _names = align_labels(
-        train.labels, train.label_names, test.labels, test.label_names,
-        train_spec=sources[0].spec, test_spec=sources[1].spec,
-    )  # fmt: skip
-    pairs = []
-    for features, labels in ((train, train_y), (test, test_y)):
-        keep = labels >= 0
-        picked = pick(features)
-        chosen = tuple(part[keep] for part in picked) if isinstance(picked, tuple) else picked[keep]
-        pairs.append((chosen, labels[keep]))
-    return pairs

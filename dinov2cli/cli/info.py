@@ -35,5 +35,6 @@ def info(
         **manifest.extra,
     }
     for key, value in facts.items():
-        if value not in (None, "", 0):
-            talk.say(f"  {key}: {value:,}" if isinstance(value, int) else f"  {key}: {value}")
+        if value is not None and value not in ("", {}, []):
+            counted = isinstance(value, int) and not isinstance(value, bool) and key != "seed"
+            talk.say(f"  {key}: {value:,}" if counted else f"  {key}: {value}")

@@ -50,7 +50,7 @@ app.add_typer(evaluate.app, name="eval", rich_help_panel=_TRAIN)
 app.command("demo", rich_help_panel=_LOOK)(demo.demo)
 app.command("info", rich_help_panel=_LOOK)(info.info)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=_LOOK)
-app.add_typer(bench.app, name="bench", rich_help_panel=_LOOK)
+app.command("bench", rich_help_panel=_LOOK)(bench.bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import PretrainConfig
     from dinov2cli.data.source import ImageSource
+    from dinov2cli.train.schedules import RunLength
 
 _BUDGET = "Length of the run: 100 epochs, 20000 images, 300 steps, 30m."
 
@@ -66,9 +67,10 @@ def train_run(
     data: str, path: Path, config: "PretrainConfig", talk: "Talk", *, dry_run: bool = False, overwrite: bool = False
 ) -> None:
     """Train one run directory from a resolved config; also what the demo calls."""
-    from dinov2cli.artifacts.run import read_metrics, write_run_config
+    from dinov2cli.artifacts.run import read_metrics
     from dinov2cli.cli.frame import check_output, open_output, result_fields
     from dinov2cli.data.source import open_source
+    from dinov2cli.recipe import to_yaml
     from dinov2cli.report.run import run_report
     from dinov2cli.train.loop import train
 
@@ -84,7 +86,7 @@ def train_run(
     if out is None:
         return
     with out:
-        write_run_config(out, config.model_dump(mode="json"))
+        out.write_text("config.yaml", to_yaml(config))
         total = parts["length"].total
         _announce(talk, config, source, parts)
         with talk.progress("pretrain", total, "steps") as advance:
@@ -115,7 +117,7 @@ def _assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool)
     from dinov2cli.data.loader import CropLoader
     from dinov2cli.train.optim import build_optimizer
     from dinov2cli.train.parallel import setup
-    from dinov2cli.train.schedules import RunLength, Schedules, scaled_lr
+    from dinov2cli.train.schedules import Schedules, scaled_lr
     from dinov2cli.train.ssl import Objective, build_ssl_model
 
     c, optim, loss = config, config.optim, config.loss
@@ -166,7 +168,7 @@ def _assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool)
             teacher_temperature=loss.teacher_temperature,
             teacher_temperature_warmup=loss.teacher_temperature_warmup,
         ),
-        "length": RunLength.of(_budget(c, len(source)), total_batch),
+        "length": _length(c, len(source), total_batch),
         "loader": loader,
         "augment": Augment(**c.augment.model_dump()),
         "batch_size": c.data.batch_size,
@@ -180,7 +182,7 @@ def _assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool)
         "keep": c.checkpoint.keep,
         "log_every": c.log.every,
         "eval_every": c.eval.every,
-        "evaluate": _online_knn(c, source) if c.eval.every and not dry_run else None,
+        "evaluate": _online_knn(c, source, parallel.precision) if c.eval.every and not dry_run else None,
     }
 
 
@@ -188,9 +190,10 @@ def _overrides(config: "PretrainConfig") -> dict[str, Any]:
     """Arguments of the backbone that the recipe sets over those of the architecture."""
     m = config.model
     asked = {"patch_size": m.patch_size, "num_register_tokens": m.registers, "ffn": m.ffn}
+    own = {} if m.layerscale is None else {"layerscale": m.layerscale or None}
     return {key: value for key, value in asked.items() if value is not None} | {
+        **own,
         "img_size": config.crops.global_size,
-        "layerscale": m.layerscale,
         "drop_path": m.drop_path,
         "drop_path_uniform": m.drop_path_uniform,
     }
@@ -221,31 +224,27 @@ def _patch_size(config: "PretrainConfig") -> int:
     return config.model.patch_size or architecture(config.model.arch)["patch_size"]
 
 
-def _budget(config: "PretrainConfig", images: int) -> Any:
-    """The length of the run; epochs are turned into images here, where the size of the set is known."""
-    import re
+def _length(config: "PretrainConfig", images: int, total_batch: int) -> "RunLength":
+    from dinov2cli.train.schedules import Budget, RunLength, parse_budget
 
-    from dinov2cli.train.schedules import Budget, parse_budget
-
-    if config.train.steps is not None:
-        return Budget(steps=config.train.steps)
-    text = config.train.budget or "100 epochs"
-    epochs = re.fullmatch(r"\s*([0-9.]+)\s*epochs?\s*", text)
-    if epochs and float(epochs[1]) > 0:
-        return Budget(images=max(1, round(float(epochs[1]) * images)))
-    return parse_budget(text)
+    budget = (
+        Budget(steps=config.train.steps) if config.train.steps else parse_budget(config.train.budget or "100 epochs")
+    )
+    return RunLength.of(budget, total_batch, images)
 
 
-def _online_knn(config: "PretrainConfig", source: "ImageSource") -> Any:
-    from dinov2cli.errors import UserError
+def _online_knn(config: "PretrainConfig", source: "ImageSource", precision: str) -> Any:
     from dinov2cli.evaluation.online import OnlineKnn
 
-    if source.labels is None:
-        raise UserError(
-            f"eval.every is {config.eval.every}, but {source.spec} has no labels for k-NN; "
-            "name their column with ?label=NAME, use ?label=folder, or set eval.every=0"
-        )
-    return OnlineKnn(source, image_size=config.crops.global_size, seed=config.seed)
+    return OnlineKnn(source, preprocess=_preprocess(config), seed=config.seed, precision=precision)
+
+
+def _preprocess(config: "PretrainConfig") -> Any:
+    """How images are prepared for the trained model: the crop it was trained at, the paper's margin around it."""
+    from dinov2cli.models.preprocess import Preprocess
+
+    size = config.crops.global_size
+    return Preprocess(resize=round(size * 256 / 224), crop=size)
 
 
 def _export(
@@ -258,7 +257,8 @@ def _export(
         f"Trained by `dinov2 pretrain` for {steps:,} steps ({images:,} images) on `{source.spec}` ({len(source):,} images), "
         f"at {size} pixels with batch {config.data.batch_size}. These are the weights of the EMA teacher."
     )
-    save_hf(backbone, path / "export", resize=round(size * 256 / 224), crop=size, card=card)
+    prepared = _preprocess(config)
+    save_hf(backbone, path / "export", resize=prepared.resize, crop=prepared.crop, card=card)
 
 
 def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dinov2cli.errors import Preempted, WorkError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train import checkpoint
 from dinov2cli.train.ema import ema_update, pair_parameters
-from dinov2cli.train.journal import Journal
+from dinov2cli.artifacts.run import Journal
 from dinov2cli.train.monitor import Monitor, batch_statistics
 from dinov2cli.train.optim import apply_schedule, clip_gradients
 from dinov2cli.train.parallel import Parallel

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dinov2cli.errors import Preempted, WorkError
 from dinov2cli.train.checkpoint import latest_checkpoint, list_checkpoints
-from dinov2cli.train.journal import Journal, read_metrics
+from dinov2cli.artifacts.run import Journal, read_metrics
 from dinov2cli.train.schedules import RunLength
 from dinov2cli.train.ssl import Objective
 
@@ -28,7 +28,7 @@ TIMING = {"images_per_s", "data_wait", "seconds"}
 
 
 def curve(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(run)]
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -62,7 +62,7 @@ def whole(tiny, tmp_path_factory) -> Path:
 
 
 def test_every_line_has_the_fixed_names(whole):
-    lines = read_metrics(whole / "metrics.jsonl")
+    lines = read_metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, 13))
     for line in lines:
         assert all(isinstance(line[name], int | float) for name in FIXED)
@@ -126,7 +126,7 @@ def test_a_signal_saves_before_the_process_ends(tmp_path, name):
     stderr = process.communicate(timeout=60)[1]
     newest = latest_checkpoint(tmp_path / "run/checkpoints")
     step = json.loads((newest / "state.json").read_text())["step"]
-    last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]
+    last = read_metrics(tmp_path / "run")[-1]["step"]
     assert step == last >= 3
     assert f"stopped by {name} after saving step {step} of 100000" in (tmp_path / "run/log.txt").read_text()
     assert ("KeyboardInterrupt" if name == "SIGINT" else "Preempted") in stderr
@@ -152,12 +152,12 @@ def test_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path):
     with pytest.raises(WorkError, match=text):
         tiny.tiny_train(run, 12, model=model, on_metrics=poison)
     assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [5]
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")][-1] == 6
+    assert [line["step"] for line in read_metrics(run)][-1] == 6
 
 
 def test_loss_decreases_on_real_tiles(tiny, tmp_path):
     tiny.tiny_train(tmp_path, 120, log_every=20, checkpoint_every=0, objective=Objective(koleo_weight=0.0))
-    losses = [line["loss/total"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    losses = [line["loss/total"] for line in read_metrics(tmp_path)]
     # Uniform predictions over 64 prototypes cost log 64 in DINO and, with half of the crops masked, half of it in iBOT.
     assert losses[-1] < 1.5 * math.log(64) - 0.08
     assert losses[-1] < losses[2] < losses[0]
@@ -175,7 +175,7 @@ def test_online_evaluation_is_added_to_its_line(tiny, tmp_path):
     tiny.tiny_train(
         tmp_path, 6, log_every=5, eval_every=3, evaluate=lambda backbone, step: {"knn": backbone.embed_dim + step}
     )
-    lines = {line["step"]: line for line in read_metrics(tmp_path / "metrics.jsonl")}
+    lines = {line["step"]: line for line in read_metrics(tmp_path)}
     assert sorted(lines) == [1, 3, 5, 6]
     assert (lines[3]["eval/knn"], lines[6]["eval/knn"]) == (35.0, 38.0)
     assert "eval/knn" not in lines[5]
@@ -183,7 +183,7 @@ def test_online_evaluation_is_added_to_its_line(tiny, tmp_path):
 
 def test_a_time_budget_ends_near_its_time(tiny, tmp_path):
     result = tiny.tiny_train(tmp_path, 0, length=RunLength(seconds=2.0))
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path)
     assert result.step == lines[-1]["total_steps"] == lines[-1]["step"]
     assert lines[-1]["lr"] < 0.1 * max(line["lr"] for line in lines)  # the schedule has reached its end
 
@@ -196,4 +196,4 @@ def test_a_disk_that_refuses_is_explained(tmp_path):
 
 def test_numbers_json_cannot_hold_become_null(tmp_path):
     Journal(tmp_path).metrics({"step": 1, "grad_norm": float("inf")})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "grad_norm": None}]
+    assert read_metrics(tmp_path) == [{"step": 1, "grad_norm": None}]

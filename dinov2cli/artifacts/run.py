@@ -1,4 +1,7 @@
-"""What a run writes while it goes: `metrics.jsonl` (one line per log step) and `log.txt`. Both survive kill -9."""
+"""A training run on disk: `config.yaml`, and what it writes while it goes: `metrics.jsonl` and `log.txt`.
+
+The two text files survive kill -9: a line cut short is dropped when the run goes on.
+"""
 
 import json
 import math
@@ -10,19 +13,22 @@ from pathlib import Path
 from dinov2cli.errors import WorkError
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
 class Journal:
     """The two text files of a run directory. `say` also receives every log line, for whoever shows progress."""
 
     def __init__(self, run: Path, say: Callable[[str], None] | None = None) -> None:
-        self.metrics_path, self.log_path = run / "metrics.jsonl", run / "log.txt"
+        self.metrics_path, self.log_path = run / METRICS_FILE, run / "log.txt"
         self._say = say
 
     def rewind(self, step: int) -> None:
         """Drop metrics past `step`, and a half-written last line: what comes now will write them again."""
         if not self.metrics_path.exists():
             return
-        kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step]
-        aside = self.metrics_path.with_name(".metrics.jsonl.partial")
+        kept = [line for line in _read_lines(self.metrics_path) if line["step"] <= step]
+        aside = self.metrics_path.with_name(f".{METRICS_FILE}.partial")
         try:
             aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(aside, self.metrics_path)
@@ -55,8 +61,13 @@ def _cannot_write(path: Path, error: OSError) -> WorkError:
     )
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Lines of a `metrics.jsonl`, in order; a last line cut short by a kill is left out."""
+def read_metrics(run: Path | str) -> list[dict]:
+    """Lines of the metrics of a run directory, in order; a last line cut short by a kill is left out, [] without any."""
+    path = Path(run) / METRICS_FILE
+    return _read_lines(path) if path.is_file() else []
+
+
+def _read_lines(path: Path) -> list[dict]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -62,6 +62,8 @@ def test_model_card_is_valid_metadata_and_says_what_matters(small, tmp_path):
 def test_exports_of_a_half_precision_or_training_model_are_float32(small, tmp_path):
     model = small().to(torch.bfloat16).train()
     save_hf(model, tmp_path / "x", resize=64, crop=56)
+    with safe_open(tmp_path / "x" / "model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).dtype == torch.float32 for name in file.keys())  # noqa: SIM118 - no mapping
     loaded = load_model(tmp_path / "x")
     assert loaded.backbone.cls_token.dtype == torch.float32
     torch.testing.assert_close(loaded.backbone.cls_token, model.cls_token.float())

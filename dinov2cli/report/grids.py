@@ -180,7 +180,7 @@ def knn_neighbours(queries: Sequence[tuple[np.ndarray, str, Sequence[Neighbour]]
         [
             Cell(image, [label, "test image"]),
             *(
-                Cell(n.image, [n.label, f"similarity {n.similarity:.2f}"], "right" if n.right else "wrong")
+                Cell(n.image, [n.label, f"similarity {n.similarity:.3f}"], "right" if n.right else "wrong")
                 for n in found
             ),
         ]

@@ -105,8 +105,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None
         axis.margins(x=0.01)
         axis.locator_params(axis="both", nbins=4)
         if key == "lr":
-            axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-            axis.yaxis.get_offset_text().set(color=LIGHT["muted"], fontsize=9)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
     for axis in axes[max(0, len(curves) - columns) : len(curves)]:

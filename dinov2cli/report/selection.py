@@ -1,0 +1,141 @@
+"""Reports of `dedup` and `curate`: the figures in words, and the images behind them."""
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+
+from dinov2cli.curation.tables import Curated
+from dinov2cli.data.source import ImageSource
+from dinov2cli.report.grids import DuplicatePair, duplicate_pairs, samples_per_cluster
+from dinov2cli.report.html import Report, Tile
+from dinov2cli.report.plots import cluster_sizes, similarity_histogram
+from dinov2cli.report.thumbnails import spread, thumbnail, thumbnails
+
+_PAIRS = 12
+_CLUSTERS = 8
+_PER_CLUSTER = 8
+
+
+def dedup_report(
+    found: Curated,
+    pool: pa.Table,
+    images: ImageSource,
+    *,
+    title: str,
+    threshold: float | None = None,
+    figures: bool = True,
+) -> str:
+    """The page of a dedup run as HTML text.
+
+    `images` are the images behind the pool, found by id. `threshold` is the cosine above which pairs are copies.
+    `figures=False` leaves out what needs pixels.
+    """
+    kept, total = found.kept.num_rows, pool.num_rows
+    report = Report(title, lead=f"{total:,} images compared with each other.")
+    share = (total - kept) / max(1, total)
+    tiles = [
+        Tile("images", f"{total:,}"),
+        Tile("kept", f"{kept:,}", f"{1 - share:.1%} of the images"),
+        Tile("dropped", f"{total - kept:,}", f"{share:.1%} of the images"),
+    ]
+    report.summary(found.messages, tiles=tiles)
+    reasons = Counter(found.dropped.column("reason").to_pylist())
+    if reasons:
+        report.section("Why images were dropped")
+        report.table(["reason", "images"], [[name.replace("_", " "), f"{n:,}"] for name, n in reasons.most_common()])
+    pairs = duplicate_pair_samples(found.dropped, images) if figures else []
+    if pairs:
+        text = "A sample of what was dropped, from the most to the least similar, each beside the image kept instead."
+        report.section("Duplicate pairs", text).figure(duplicate_pairs(pairs), "Kept image and dropped copy.")
+    if found.groups is not None and found.groups.num_rows:
+        sizes = list(Counter(found.groups.column("group").to_pylist()).values())
+        report.section("Groups").figure(
+            cluster_sizes(sizes, unit="groups"), "How many images of one and the same picture there are."
+        )
+    cosines = _cosines(found.dropped)
+    if threshold is not None and len(cosines) > 1:
+        report.section("Similarity of dropped images to what removed them").figure(
+            similarity_histogram(cosines, threshold),
+            "Many values just above the line mean that the threshold cuts through look-alikes: check the pairs above.",
+        )
+    return report.html()
+
+
+def _cosines(dropped: pa.Table) -> np.ndarray:
+    """Similarities of the rows that were dropped by their embedding."""
+    similarity = dropped.column("similarity").to_numpy(zero_copy_only=False).astype(np.float64)
+    if "tier" in dropped.column_names:
+        similarity = similarity[np.array([tier == "embedding" for tier in dropped.column("tier").to_pylist()], bool)]
+    return similarity[np.isfinite(similarity)]
+
+
+def duplicate_pair_samples(dropped: pa.Table, images: ImageSource, *, count: int = _PAIRS) -> list[DuplicatePair]:
+    """Some pairs of kept and dropped images out of a selection's `dropped` table, most similar first."""
+    row_of = {name: row for row, name in enumerate(images.ids)}
+    records = [record for record in dropped.to_pylist() if record["duplicate_of"] in row_of and record["id"] in row_of]
+    # Exact copies have no similarity, or one that rounds to 1: they come first.
+    records.sort(key=lambda r: (-(2.0 if r["similarity"] is None else r["similarity"]), r["id"]))
+    pairs = []
+    for index in spread(range(len(records)), count):
+        record = records[index]
+        kept = thumbnail(images, row_of[record["duplicate_of"]])
+        copy = thumbnail(images, row_of[record["id"]])
+        if kept is not None and copy is not None:
+            by = record.get("tier") or record["reason"]
+            pairs.append(DuplicatePair(kept, copy, record["similarity"], f"by {str(by).replace('_', ' ')}"))
+    return pairs
+
+
+def curate_report(found: Curated, images: ImageSource, *, title: str, figures: bool = True) -> str:
+    """The page of a curate run as HTML text; `images` are the images behind the pool, row by row."""
+    total = found.kept.num_rows + found.dropped.num_rows
+    kept = found.kept.num_rows
+    report = Report(title, lead=f"{kept:,} of {total:,} images chosen.")
+    tiles = [Tile("images", f"{total:,}"), Tile("chosen", f"{kept:,}", f"{kept / max(1, total):.1%} of the images")]
+    before, after = found.summary.get("evenness_before"), found.summary.get("evenness_after")
+    if before is not None and after is not None:
+        tiles.append(Tile("evenness over clusters", f"{after:.2f}", f"was {before:.2f}; 1 is all equal"))
+    report.summary(found.messages, tiles=tiles)
+    column = next((name for name in ("cluster_top", "cluster") if name in found.kept.column_names), None)
+    if column is None:
+        if figures and kept:
+            sample = thumbnails(images, spread(found.rows.tolist(), 4 * _PER_CLUSTER))
+            rows = [("", sample[i : i + _PER_CLUSTER]) for i in range(0, len(sample), _PER_CLUSTER)]
+            if rows:
+                report.section("Chosen images").figure(samples_per_cluster(rows), "An even sample of what was chosen.")
+        return report.html()
+    labels = np.array(found.kept.column(column).to_pylist(), dtype=object)
+    labels = np.array([-1 if label is None else int(label) for label in labels])
+    sizes = np.unique(labels[labels >= 0], return_counts=True)[1]
+    if len(sizes):
+        report.section("Chosen images per cluster").figure(cluster_sizes(sizes))
+    clusters = cluster_samples(labels, found.rows, images) if figures else []
+    if clusters:
+        report.section(
+            "Samples per cluster",
+            "Each row is one cluster, from the largest to the smallest. Rows that mix subjects mean that the features "
+            "do not tell them apart yet.",
+        ).figure(samples_per_cluster(clusters))
+    return report.html()
+
+
+def cluster_samples(
+    labels: np.ndarray,
+    rows: np.ndarray,
+    images: ImageSource,
+    *,
+    clusters: int = _CLUSTERS,
+    per_cluster: int = _PER_CLUSTER,
+) -> list[tuple[str, list[np.ndarray]]]:
+    """Title and some images of a spread of clusters, largest first; `labels` [K] (negative = none) of `rows` [K]."""
+    names, counts = np.unique(labels[labels >= 0], return_counts=True)
+    order = names[np.argsort(-counts, kind="stable")].tolist()
+    found = []
+    for name in spread(order, clusters):
+        members = rows[labels == name].tolist()
+        sample = thumbnails(images, spread(members, per_cluster), size=180)
+        if sample:
+            word = "image" if len(members) == 1 else "images"
+            found.append((f"cluster {name}: {len(members):,} {word} chosen", sample))
+    return found

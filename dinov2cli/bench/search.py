@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 import torch
 
+from dinov2cli.errors import UserError
 from dinov2cli.search.index import build_index
 from dinov2cli.search.neighbours import neighbour_blocks
 from dinov2cli.search.vectors import Float32, Int64
@@ -25,6 +26,7 @@ def run(
     index: str = "auto",
     nprobe: int = 32,
     rounds: int = 3,
+    device: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Time and memory of the k nearest rows for some queries, ours against brute force in torch.
@@ -33,8 +35,11 @@ def run(
     inverted lists better, wider ones worse). Both run `rounds` times by turns with the threads of the process; the
     median counts. `seconds` is our search, `build_seconds` the index (once); speedup = reference over ours;
     memory_ratio = our extra memory over the reference's, as far as the arrays can be counted (see `memory`).
-    recall: share of the true k nearest that ours returns.
+    recall: share of the true k nearest that ours returns. Raises UserError for a device other than the CPU, where
+    the search runs.
     """
+    if device not in ("auto", "cpu"):
+        raise UserError(f"bench search --device {device}: the search runs on the CPU; expected auto or cpu")
     base = mixture(rows, dim, seed)
     wanted = base[np.random.default_rng(seed).choice(rows, size=min(queries, rows), replace=False)]
     start = time.perf_counter()
@@ -64,7 +69,6 @@ def run(
         "reference": 4 * rows * dim + _traced(reference) + 4 * rows * min(_BLOCK, len(wanted)),
     }
     return {
-        "name": "search",
         "rows": rows,
         "dim": dim,
         "k": k,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -51,6 +51,10 @@ class Fingerprints:
 
     def __len__(self) -> int:
         return len(self.sha256)
+
+    def exact_only(self) -> "Fingerprints":
+        """The same without perceptual hashes: only equal bytes and equal pixels will match."""
+        return replace(self, hashes=stack_hashes([None] * len(self)))
 
 
 @dataclass(frozen=True)

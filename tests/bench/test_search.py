@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dinov2cli.bench.search import mixture, run, torch_top_k
+from dinov2cli.errors import UserError
 
 
 @pytest.mark.parametrize(("index", "least"), [("flat", 0.999), ("ivf", 0.6)])
@@ -24,3 +25,8 @@ def test_reference_is_brute_force():
     found = torch_top_k(x[:50], x, 5)
     expected = np.argsort(-(x[:50] @ x.T), axis=1)[:, :5]
     assert (found == expected).mean() > 0.99
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(UserError, match="bench search --device cuda: the search runs on the CPU"):
+        run(device="cuda")

@@ -89,6 +89,8 @@ def test_each_tier_finds_its_kind_of_copy(photo):
     three = Files({source.ids[i]: source.read(i) for i in range(3)})
     same = dedup(pool_from_images(three), fingerprints=fingerprint_images(three))
     assert [(r["id"], r["reason"]) for r in same.dropped.to_pylist()] == [("b.png", "bytes"), ("c.bmp", "pixels")]
+    exact = dedup(pool_from_images(source, prints), fingerprints=prints.exact_only())
+    assert sorted(r["id"] for r in exact.dropped.to_pylist()) == ["b.png", "c.bmp"]
     assert prints.sha256[0] == hashlib.sha256(source.read(0)).hexdigest() and prints.pixels[0] == prints.pixels[2]
     assert (prints.width[0], prints.height[0]) == (240, 200)
 

@@ -248,6 +248,13 @@ class TestIndependence:
                 for part, expected in zip(self.run(crops, rows), whole, strict=True):
                     assert torch.equal(part, expected[:, rows])
 
+    def test_crops_are_numbered_global_first(self, crops, whole):
+        augment = Augment()
+        every = [*zip(crops[0], whole[0], strict=True), *zip(crops[1], whole[1], strict=True)]
+        for number, (images, expected) in enumerate(every):
+            drawn = augment.parameters(5, self.epoch, self.sample, np.full(22, number))
+            assert torch.equal(augment.apply(images, drawn), expected)
+
     def test_fewer_locals_leave_the_other_crops(self, crops, whole):
         fewer = (crops[0], crops[1][:1])
         for part, expected in zip(self.run(fewer, numbers(22)), whole, strict=True):

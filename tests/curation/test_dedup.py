@@ -174,3 +174,12 @@ def test_pool_of_embeddings_points_back_to_its_source():
     assert pool["source"].to_pylist() == ["/photos?label=folder"] * 2 and pool["row"].to_pylist() == [0, 1]
     again = pool_from_metadata(pool.set_column(3, "row", pa.array([9, 8])), source="other")
     assert again["row"].to_pylist() == [9, 8] and again["source"][0].as_py() == "/photos?label=folder"
+
+
+def test_direct_edge_to_the_kept_image_is_named_before_a_stronger_one_to_another(make_pool):
+    angle = np.deg2rad([0, 30, 35])
+    vectors = np.stack([np.cos(angle), np.sin(angle)], 1)
+    pool = make_pool(3, width=[50, 10, 10], height=[10, 10, 10])
+    first = dedup(pool, vectors=vectors, threshold=0.8).dropped.to_pylist()[0]
+    assert (first["via"], first["duplicate_of"]) == ("img-00000", "img-00000")
+    assert first["similarity"] == pytest.approx(np.cos(angle[1]), abs=1e-5)

@@ -30,7 +30,8 @@ Rate = Callable[[int, float], None]
 class ImageBatch(Protocol):
     """Anything with uint8 images [n, 3, H, W], for example `data.loader.Batch`."""
 
-    images: Tensor
+    @property
+    def images(self) -> Tensor: ...
 
 
 B = TypeVar("B", bound=ImageBatch)

@@ -42,7 +42,8 @@ footer{margin-top:3.5rem;color:var(--muted);font-size:.85rem}
 """
 # Nothing may be fetched even if a caller's SVG asks for it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_NUMBER = re.compile(r"[+\-−±<>≤≥]?\s?\d[\d,.  ]*\s?(%|points|s|ms|px|×)?(\s?\[[^\]]*\])?")
+_INTERVAL = r"\[[^\]]*\d[^\]]*\]"
+_NUMBER = re.compile(rf"[+\-−±<>≤≥]?\s?\d[\d,.]*\s?(%|points|s|ms|px|×)?(\s{_INTERVAL})?|{_INTERVAL}")
 _IMAGE_TYPES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
 
 

@@ -1,0 +1,158 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from dinov2cli.artifacts.results import ResultRow
+from dinov2cli.curation.tables import Curated
+from dinov2cli.data.source import open_source
+from dinov2cli.evaluation.intervals import Difference
+from dinov2cli.report.demo import Comparison, change_sentence, demo_report
+from dinov2cli.report.grids import DuplicatePair, Neighbour
+from dinov2cli.report.results import metric_name, results_report
+from dinov2cli.report.run import run_report
+from dinov2cli.report.selection import curate_report, dedup_report, duplicate_pair_samples
+from dinov2cli.report.thumbnails import spread, thumbnail, thumbnails
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (30, 30, 3)).astype(np.uint8)
+UP = Comparison("k-NN accuracy", (0.412, 0.38, 0.443), (0.63, 0.601, 0.658), Difference(0.218, 0.19, 0.246, 500), 500)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(6):
+        Image.fromarray(np.full((300, 500, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
+    (folder / "5.png").write_bytes(b"broken")
+    return open_source(str(folder))
+
+
+@pytest.fixture(scope="module")
+def pool(images):
+    return pa.table({"id": images.ids, "image_path": images.paths, "source": ["s"] * 6, "row": list(range(6))})
+
+
+def test_a_change_is_said_with_its_interval():
+    assert change_sentence(UP) == (
+        "k-NN accuracy rose from 41.2 % [38.0, 44.3] to 63.0 % [60.1, 65.8]: "
+        "+21.8 points, interval +19.0 to +24.6, outside the confidence interval."
+    )
+    fell = Comparison("x", UP.after, UP.before, Difference(-0.218, -0.246, -0.19, 500), 500)
+    assert "x fell from 63.0 %" in change_sentence(fell)
+    unsure = Comparison("x", UP.before, UP.before, Difference(0.01, -0.01, 0.03, 500), 500)
+    assert change_sentence(unsure).endswith("the interval holds zero, so this may be chance.")
+
+
+def test_demo_report_holds_every_part():
+    tokens = np.random.default_rng(0).normal(size=(2, 4, 4, 8))
+    page = demo_report(
+        title="Demo",
+        lead="lead",
+        comparisons=[UP],
+        metrics=[{"step": i, "loss/total": 1.0} for i in range(3)],
+        pairs=[DuplicatePair(PHOTO, PHOTO, 0.9)],
+        duplicates="9 of 10 copies were found.",
+        clusters=[("cluster 1", [PHOTO])],
+        curation="half was chosen.",
+        neighbours={"after training": [(PHOTO, "cat", [Neighbour(PHOTO, "cat", 0.9, True)])]},
+        pca_images=[PHOTO, PHOTO],
+        pca_tokens={"before training": tokens, "after training": tokens},
+        sentences=["More to say."],
+        settings={"model": "tiny"},
+        footer="made by a test",
+    ).html()
+    for part in (
+        "k-NN accuracy rose from",
+        "was 41.2 %: +21.8 points",
+        "+21.8 [+19.0, +24.6]",
+        "Total loss",
+        "9 of 10 copies were found.",
+        "half was chosen.",
+        "Nearest neighbours after training",
+        "What the patches see",
+        "More to say.",
+        "made by a test",
+    ):
+        assert part in page, part
+
+
+def test_demo_report_leaves_out_what_there_is_not():
+    page = demo_report(title="Demo", lead="", comparisons=[], metrics=[]).html()
+    assert "<figure>" not in page and "<h2>" not in page
+
+
+def test_thumbnails_are_small_and_skip_the_unreadable(images):
+    assert thumbnail(images, 1, size=100).shape == (60, 100, 3)
+    assert thumbnail(images, 5) is None
+    assert len(thumbnails(images, range(6))) == 5
+    assert spread(range(100), 3) == [0, 50, 99] and spread([4, 5], 9) == [4, 5]
+
+
+def test_dedup_report_shows_pairs_groups_and_reasons(images, pool):
+    names = images.ids
+    dropped = pa.table(
+        {
+            "id": [names[1], names[2], names[5]],
+            "reason": ["duplicate", "duplicate", "unreadable"],
+            "duplicate_of": [names[0], names[3], None],
+            "similarity": [0.91, None, None],
+            "group": [0, 1, None],
+            "tier": ["embedding", "bytes", None],
+        }
+    )
+    groups = pa.table({"id": names[:4], "group": [0, 0, 1, 1]})
+    found = Curated(pool.take([0, 3, 4]), dropped, np.array([0, 3, 4]), {}, ["kept 3 of 6 images"], groups)
+    pairs = duplicate_pair_samples(dropped, images)
+    assert [(p.similarity, p.reason) for p in pairs] == [(None, "by bytes"), (0.91, "by embedding")]
+    assert pairs[0].kept[0, 0, 0] == 120 and pairs[0].dropped[0, 0, 0] == 80
+    page = dedup_report(found, pool, images, title="Duplicates in <x>", threshold=0.6)
+    for part in ("Duplicates in &lt;x&gt;", "kept 3 of 6 images", "50.0% of the images", "unreadable", "by embedding"):
+        assert part in page, part
+    assert "2 groups, median 2 images" in page
+    plain = dedup_report(found, pool, images, title="t", figures=False)
+    assert "<image" not in plain
+
+
+def test_dedup_report_without_duplicates(images, pool):
+    dropped = pa.table({n: pa.array([], pa.string()) for n in ("id", "reason", "duplicate_of")}).append_column(
+        "similarity", pa.array([], pa.float64())
+    )
+    found = Curated(pool, dropped, np.arange(6), {}, ["nothing to drop"])
+    page = dedup_report(found, pool, images, title="t", threshold=0.6)
+    assert "nothing to drop" in page and "Duplicate pairs" not in page
+
+
+def test_curate_report_shows_clusters_or_a_sample(images, pool):
+    kept = pool.take([0, 1, 2]).append_column("cluster_top", pa.array([7, 7, 8]))
+    dropped = pa.table({"id": images.ids[3:], "reason": ["not_sampled"] * 3})
+    found = Curated(kept, dropped, np.array([0, 1, 2]), {"evenness_before": 0.5, "evenness_after": 0.9}, ["chosen"])
+    page = curate_report(found, images, title="t")
+    assert "cluster 7: 2 images chosen" in page and "cluster 8: 1 image chosen" in page
+    assert "was 0.50; 1 is all equal" in page and page.count("<image ") == 3
+    retrieved = Curated(pool.take([0, 1]), dropped, np.array([0, 1]), {}, [])
+    assert "Chosen images" in curate_report(retrieved, images, title="t")
+
+
+def test_run_report_says_what_was_seen():
+    rows = [
+        {"step": s, "images": 8 * s, "loss/total": 9.0 - s / 10, "rankme": 5.0, "lr": 0.1, "grad_norm": 1.0}
+        for s in (10, 20)
+    ]
+    rows[1]["eval/knn_top1"] = 0.5
+    page = run_report(rows, title="run", messages=["the features have collapsed"])
+    for part in ("160", "7.00", "was 8.00 at step 10", "the features have collapsed", "RankMe", "50.0 %", "Total loss"):
+        assert part in page, part
+    assert "No metrics were logged" in run_report([], title="run")
+
+
+def test_results_report_shows_figures_with_intervals_and_settings():
+    rows = [
+        ResultRow("m", "knn", "d", f"top1_k{k}", 0.63, 0.6, 0.66, 1234, {"k": k, "classes": 7, "confidence": 0.9}, 1.0)
+        for k in (10, 20)
+    ]
+    page = results_report(rows, title="knn of m")
+    for part in ("m on d: 1,234 test images.", "knn, top-1, k = 10", "63.0 %", "[60.0, 66.0]", "90% confidence"):
+        assert part in page, part
+    assert "<td>classes</td>" in page and "<td>k</td>" not in page
+    assert metric_name("top5_k200") == "top-5, k = 200" and metric_name("miou") == "miou"
+    assert "There are no results." in results_report([], title="t")

@@ -120,7 +120,7 @@ def _photos() -> list[Image.Image]:
     return photos
 
 
-def test_cells(width: int, height: int) -> np.ndarray:
+def held_out_cells(width: int, height: int) -> np.ndarray:
     """Boxes of the test split in a photograph: int64 [m, 4] (left, top, right, bottom)."""
     columns, rows = max(3, round(width / _CELL)), max(1, round(height / _CELL))
     xs = np.linspace(0, width, columns + 1).astype(np.int64)
@@ -224,7 +224,7 @@ def _draw_looks(n: int, random: np.random.Generator) -> np.ndarray:
 
 def _choose_boxes(image: Image.Image, split: str, count: int, size: int, random: np.random.Generator) -> np.ndarray:
     """int64 [count, 4]: places allowed for the split, with content, spread as evenly as random draws allow."""
-    cells = test_cells(image.width, image.height)
+    cells = held_out_cells(image.width, image.height)
     largest = int((cells[:, 2:] - cells[:, :2]).min())
     low, high = min(0.75 * size, largest), min(1.5 * size, largest)
     n = count * _CANDIDATES * 8

@@ -23,30 +23,37 @@ class FileSource(ImageSource):
     def __init__(self, spec: DataSpec, kind: str, root: str, names: list[str]) -> None:
         super().__init__(spec, kind)
         self._root = root
-        # Arrow strings, not Python ones: forked workers share them without copying pages on reference counts.
-        self._files = datasets.Dataset(pa.table({"image": pa.array(names, pa.large_string())}))
+        # In Arrow, not as Python strings: forked workers share them without copying pages on reference counts.
+        # As bytes: a file name need not be UTF-8.
+        files = pa.array([os.fsencode(name) for name in names], pa.large_binary())
+        self._files = datasets.Dataset(pa.table({"image": files}))
 
     def __len__(self) -> int:
         return len(self._files)
 
     def name(self, row: int) -> str:
-        return str(self._files.data.column("image")[int(row)])
+        return self._file(row).decode("utf-8", "backslashreplace")
 
     def read(self, row: int, role: str = "image") -> bytes:
         del role
-        name = self.name(row)
-        return read_file(os.path.join(self._root, name), name)
+        return read_file(os.path.join(os.fsencode(self._root), self._file(row)), self.name(row))
+
+    def _file(self, row: int) -> bytes:
+        return bytes(self._files.data.column("image")[int(row)].as_py())
 
     @cached_property
     def ids(self) -> list[str]:
-        return list(self._files.data.column("image").to_pylist())
+        files = self._files.data.column("image").to_pylist()
+        return [file.decode("utf-8", "backslashreplace") for file in files]
 
     @cached_property
     def paths(self) -> list[str]:
         return [os.path.join(self._root, name) for name in self.ids]
 
     def content_hash(self) -> str:
-        return hash_files(zip(self.ids, self.paths, strict=True))
+        root = os.fsencode(self._root)
+        files = self._files.data.column("image").to_pylist()
+        return hash_files((name, os.path.join(root, file)) for name, file in zip(self.ids, files, strict=True))
 
 
 def open_folder(spec: DataSpec) -> ImageSource:

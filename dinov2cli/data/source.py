@@ -179,13 +179,13 @@ def labels_from_folders(ids: Sequence[str], where: str) -> tuple[np.ndarray, lis
     return np.array([-1 if folder is None else number[folder] for folder in folders], dtype=np.int64), names
 
 
-def hash_files(files: Iterable[tuple[str, str]]) -> str:
+def hash_files(files: Iterable[tuple[str, str | bytes]]) -> str:
     """Digest of (name, path) pairs with size and modification time; a missing file counts as such."""
     digest = hashlib.sha256()
     for name, path in files:
         try:
             status = os.stat(path)
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         except OSError:
-            digest.update(f"{name}\0missing\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0missing\n".encode())
     return digest.hexdigest()

@@ -5,7 +5,6 @@ Errors are `InputError`s of one line: what was given, what was found there, what
 """
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from dinov2cli.artifacts.manifest import has_manifest, read_manifest
 from dinov2cli.errors import InputError
 
 IMAGE_EXTENSIONS = frozenset(
@@ -43,6 +43,7 @@ _NOT_IMAGES = {
     "as in `dinov2 embed DATA -m {path} -o OUT`",
     "results": "a results directory (made by `dinov2 eval` or `fairness`), it holds figures and no images: "
     "read it with `dinov2 eval compare {path}`",
+    "demo": "the output of `dinov2 demo`, it holds the results of several commands: give one of the directories in it",
 }
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -113,7 +114,7 @@ def parse_spec(text: str) -> DataSpec:
 
 def is_local_hub(name: str) -> bool:
     """True when the name behind `hf:` is a directory on disk (`hf:./copy`, `hf:/data/copy`), not a hub name."""
-    return name.startswith((".", "/", "~"))
+    return name.startswith((".", "/"))
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -200,16 +201,12 @@ def _kind_on_disk(location: str) -> str:
 
 def _kind_of_directory(path: str) -> str:
     try:
-        with open(os.path.join(path, "manifest.json"), encoding="utf-8") as file:
-            manifest = json.load(file)
-    except (OSError, ValueError):
+        kind = read_manifest(path).kind if has_manifest(path) else "folder"
+    except InputError:  # somebody else's manifest.json: just another file
         return "folder"
-    kind = manifest.get("kind") if isinstance(manifest, dict) else None
-    if kind in ("selection", "embeddings"):
-        return str(kind)
-    if kind in _NOT_IMAGES and "schema" in manifest:
+    if kind in _NOT_IMAGES:
         raise InputError(f"{path}: this is {_NOT_IMAGES[kind].format(path=path)}")
-    return "folder"
+    return kind if kind in ("selection", "embeddings") else "folder"
 
 
 def _check_keys(kind: str, location: str, options: dict[str, str]) -> None:

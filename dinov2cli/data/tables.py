@@ -130,7 +130,7 @@ def open_parquet(spec: DataSpec, files: Sequence[str]) -> ImageSource:
             ) from error
         choose_columns(datasets.Features.from_arrow_schema(schema), spec.options, path)  # before anything is copied
     absolute = [os.path.abspath(path) for path in files]
-    with reading(spec.location, "Parquet files with the same columns"):
+    with reading(spec.location, "Parquet", "the files of one set must be whole and have the same columns"):
         dataset = datasets.load_dataset(
             "parquet", data_files={"data": [_escape(path) for path in absolute]}, split="data"
         )
@@ -172,7 +172,8 @@ def open_hub(spec: DataSpec) -> ImageSource:
     name, options = spec.location, spec.options
     local = is_local_hub(name)
     wanted = options.get("split", "train")
-    with reading(f"hf:{name}", "a dataset of the Hugging Face hub"):
+    cure = "check name, split and connection; private sets need `hf auth login`"
+    with reading(f"hf:{name}", "a dataset of the Hugging Face hub", cure):
         dataset = datasets.load_dataset(
             os.path.abspath(name) if local else name,
             options.get("config"),
@@ -185,7 +186,7 @@ def open_hub(spec: DataSpec) -> ImageSource:
     return TableSource(spec, "hub", dataset, base=name if local else ".", content_hash=digest)
 
 
-def read_file(path: str, name: str) -> bytes:
+def read_file(path: str | bytes, name: str) -> bytes:
     """Bytes of a file; a missing or unreadable one is a BadImage, for one file must not stop a run."""
     try:
         with open(path, "rb") as file:
@@ -209,7 +210,7 @@ def quiet_datasets() -> Iterator[None]:
 
 
 @contextmanager
-def reading(location: str, expected: str) -> Iterator[None]:
+def reading(location: str, expected: str, cure: str) -> Iterator[None]:
     """Turn whatever `datasets` raises into one line for the user; an InputError raised inside a builder passes."""
     try:
         with quiet_datasets():
@@ -225,7 +226,7 @@ def reading(location: str, expected: str) -> Iterator[None]:
                     "free some, or set HF_DATASETS_CACHE to a larger disk"
                 ) from error
             chain = chain.__cause__ or chain.__context__
-        raise InputError(f"{location}: could not be read as {expected} ({_first_line(error)})") from error
+        raise InputError(f"{location}: could not be read as {expected} ({_first_line(error)}); {cure}") from error
 
 
 def _undecoded(dataset: datasets.Dataset, column: str) -> datasets.Dataset:

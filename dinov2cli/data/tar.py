@@ -162,7 +162,7 @@ def open_tar(spec: DataSpec, files: Sequence[str]) -> ImageSource:
             )
     # One entry per shard; size and time are in it only so that the cached index of a changed file is not used.
     shards = [(number, file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for number, file in enumerate(absolute)]
-    with reading(spec.location, "WebDataset shards"):
+    with reading(spec.location, "WebDataset shards", "fetch or write them again"):
         index = datasets.Dataset.from_generator(_index, features=_FEATURES, gen_kwargs={"shards": shards})
     return TarSource(spec, absolute, index)
 

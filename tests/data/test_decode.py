@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from dinov2cli.data import decode
 from dinov2cli.data.bad import BadImage
 from dinov2cli.data.decode import decode_image, probe_size, resize_center_crop
 
@@ -15,7 +16,7 @@ def file_of(image: Image.Image, format: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes) -> np.ndarray:
+def rgb(data: bytes) -> np.ndarray:
     return decode_image(data, name="x")
 
 
@@ -37,7 +38,7 @@ def test_exif_orientation_is_applied(orientation):
         7: stored_HWC[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(stored_HWC, 1),
     }[orientation]
-    np.testing.assert_array_equal(decode(data), shown)
+    np.testing.assert_array_equal(rgb(data), shown)
     assert probe_size(data) == (shown.shape[1], shown.shape[0])
 
 
@@ -45,58 +46,58 @@ def test_exif_orientation_is_applied(orientation):
 def test_a_damaged_exif_block_does_not_lose_the_picture():
     image = Image.new("RGB", (8, 4), (10, 200, 30))
     data = file_of(image, exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
-    assert decode(data).shape == (4, 8, 3)
+    assert rgb(data).shape == (4, 8, 3)
 
 
 def test_grey_and_bilevel_and_palette():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    np.testing.assert_array_equal(decode(file_of(Image.fromarray(ramp))), np.repeat(ramp[..., None], 3, axis=2))
+    np.testing.assert_array_equal(rgb(file_of(Image.fromarray(ramp))), np.repeat(ramp[..., None], 3, axis=2))
     bits = Image.fromarray(ramp).point(lambda value: 255 * (value > 127)).convert("1")
-    assert set(np.unique(decode(file_of(bits)))) == {0, 255}
+    assert set(np.unique(rgb(file_of(bits)))) == {0, 255}
     colours = Image.new("P", (2, 1))
     colours.putpalette([255, 0, 0, 0, 0, 255])
     colours.putdata([0, 1])
-    np.testing.assert_array_equal(decode(file_of(colours)), [[[255, 0, 0], [0, 0, 255]]])
+    np.testing.assert_array_equal(rgb(file_of(colours)), [[[255, 0, 0], [0, 0, 255]]])
 
 
 def test_transparency_is_laid_over_white():
     half = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
     half.putpixel((1, 0), (255, 0, 0, 0))  # hidden red
-    np.testing.assert_array_equal(decode(file_of(half)), [[[127] * 3, [255] * 3]])
-    np.testing.assert_array_equal(decode(file_of(Image.new("LA", (1, 1), (0, 0)))), [[[255] * 3]])
+    np.testing.assert_array_equal(rgb(file_of(half)), [[[127] * 3, [255] * 3]])
+    np.testing.assert_array_equal(rgb(file_of(Image.new("LA", (1, 1), (0, 0)))), [[[255] * 3]])
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putdata([0, 1])
-    np.testing.assert_array_equal(decode(file_of(palette, transparency=0)), [[[255] * 3, [0, 0, 255]]])
+    np.testing.assert_array_equal(rgb(file_of(palette, transparency=0)), [[[255] * 3, [0, 0, 255]]])
     key = file_of(Image.new("RGB", (1, 1), (1, 2, 3)), transparency=(1, 2, 3))
-    np.testing.assert_array_equal(decode(key), [[[255] * 3]])
+    np.testing.assert_array_equal(rgb(key), [[[255] * 3]])
 
 
 def test_cmyk():
-    pixels = decode(file_of(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
+    pixels = rgb(file_of(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
     assert np.abs(pixels.astype(int) - [255, 0, 0]).max() <= 6
 
 
 @pytest.mark.parametrize("top, bits", [(65535, 16), (4095, 12), (700, 10), (255, 8)])
 def test_16_bit_greys_are_scaled_by_their_range(top, bits):
     values = np.linspace(0, top, 64).astype(np.uint16).reshape(8, 8)
-    pixels = decode(file_of(Image.fromarray(values)))
+    pixels = rgb(file_of(Image.fromarray(values)))
     np.testing.assert_array_equal(pixels[..., 0], np.round(values * (255 / (2**bits - 1))))
 
 
 def test_32_bit_and_float_greys():
     signed = np.array([[-100, 0, 155]], dtype=np.int32)
-    np.testing.assert_array_equal(decode(file_of(Image.fromarray(signed), "TIFF"))[0, :, 0], [0, 100, 255])
+    np.testing.assert_array_equal(rgb(file_of(Image.fromarray(signed), "TIFF"))[0, :, 0], [0, 100, 255])
     unit = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
-    np.testing.assert_array_equal(decode(file_of(Image.fromarray(unit), "TIFF"))[0, :, 0], [0, 128, 255, 0])
+    np.testing.assert_array_equal(rgb(file_of(Image.fromarray(unit), "TIFF"))[0, :, 0], [0, 128, 255, 0])
     wide = np.array([[-1000.0, 0.0, 1000.0]], dtype=np.float32)
-    np.testing.assert_array_equal(decode(file_of(Image.fromarray(wide), "TIFF"))[0, :, 0], [0, 128, 255])
+    np.testing.assert_array_equal(rgb(file_of(Image.fromarray(wide), "TIFF"))[0, :, 0], [0, 128, 255])
 
 
 def test_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     data = file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(decode(data)[0, 0], [255, 0, 0])
+    np.testing.assert_array_equal(rgb(data)[0, 0], [255, 0, 0])
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
@@ -104,9 +105,9 @@ def test_animation_gives_its_first_frame():
 def test_truncated_files_are_bad(format, share):
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = file_of(noise, format)
-    assert decode(data).shape == (64, 64, 3)
+    assert rgb(data).shape == (64, 64, 3)
     with pytest.raises(BadImage):
-        decode(data[: int(len(data) * share)])
+        rgb(data[: int(len(data) * share)])
 
 
 def test_truncated_is_rejected_even_where_another_library_allowed_it(monkeypatch):
@@ -114,18 +115,18 @@ def test_truncated_is_rejected_even_where_another_library_allowed_it(monkeypatch
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = file_of(noise, "JPEG")
     with pytest.raises(BadImage, match="x: truncated file"):
-        decode(data[: len(data) // 2])
+        rgb(data[: len(data) // 2])
 
 
 def test_reasons():
     with pytest.raises(BadImage, match=r"cat\.jpg: empty file"):
         decode_image(b"", name="cat.jpg")
     with pytest.raises(BadImage, match="not an image that can be read"):
-        decode(b"<html>404</html>")
+        rgb(b"<html>404</html>")
     data = bytearray(file_of(Image.new("RGB", (32, 32), "green")))
     data[60:80] = bytes(20)
     with pytest.raises(BadImage, match="corrupt file"):
-        decode(bytes(data))
+        rgb(bytes(data))
     with pytest.raises(BadImage, match="32 x 32 pixels are more than the limit of 1000"):
         decode_image(file_of(Image.new("RGB", (32, 32))), name="x", max_pixels=1000)
 
@@ -133,9 +134,9 @@ def test_reasons():
 def test_bomb_beyond_pillows_own_limit_is_bad(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BadImage, match="more than the limit"):
-        decode(file_of(Image.new("RGB", (32, 32))))
+        rgb(file_of(Image.new("RGB", (32, 32))))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # a warning for Pillow, no matter for us
-    assert decode(file_of(Image.new("RGB", (32, 32)))).shape == (32, 32, 3)
+    assert rgb(file_of(Image.new("RGB", (32, 32)))).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("size", [(100, 75), (75, 100), (64, 64), (500, 333), (20, 31)])
@@ -152,12 +153,18 @@ def test_resize_center_crop_matches_pillow(size):
     assert difference.mean() < 0.1 and difference.max() <= 2
 
 
-def test_extreme_shapes_stay_small_and_central():
+def test_extreme_shapes_stay_small_and_central(monkeypatch):
     image = np.zeros((4, 4000, 3), dtype=np.uint8)
     image[:, 1998:2002] = 255
     result = resize_center_crop(image, 256, 224)
     assert result.shape == (3, 224, 224)
     assert result[:, :, 112].min() > 200
+    assert resize_center_crop(np.ascontiguousarray(image.transpose(1, 0, 2)), 256, 224)[:, 112].min() > 200
+    resized = []
+    monkeypatch.setattr(decode, "resize_uint8", lambda *args: resized.append(args[1:]) or torch.zeros(3, *args[1:]))
+    resize_center_crop(image, 256, 224)
+    assert resized == [(256, 1024)]  # not 256 x 256,000
+    monkeypatch.undo()
     assert resize_center_crop(np.zeros((1, 1, 3), np.uint8), 16, 16).shape == (3, 16, 16)
     with pytest.raises(ValueError, match="crop 32 is larger than the resized side 16"):
         resize_center_crop(image, 16, 32)

@@ -62,6 +62,7 @@ def test_tiles_of_one_split_differ():
         assert overlap.max() < 0.7  # a planted crop has 0.8
     scale = (tiles.box[:, 2] - tiles.box[:, 0]) / 64
     assert scale.min() < 0.8 and scale.max() > 1.3
+    assert np.ptp(tiles.look, axis=0).min() > 0.25  # mirror, brightness, contrast, saturation, white balance
 
 
 def test_same_seed_same_bytes_other_seed_other_tiles():
@@ -122,7 +123,7 @@ def test_mean_colour_alone_does_not_tell_the_photograph():
     distance = ((colours[1][:, None] - colours[0][None]) ** 2).sum(-1)
     votes = train.labels[distance.argsort(1)[:, :10]]
     guess = np.array([np.bincount(vote).argmax() for vote in votes])
-    assert (guess == test.labels).mean() < 0.5
+    assert (guess == test.labels).mean() < 0.4
 
 
 def test_digits():

@@ -89,7 +89,7 @@ def test_too_many_bad_images_stop_the_run(numbered):
     assert str(caught.value) == (
         "11 of 40 images cannot be read, the limit is 1.0%: 0020.png (not an image that can be read); "
         "0021.png (not an image that can be read); 0022.png (not an image that can be read); "
-        "repair or remove them, or raise data.max_bad_fraction"
+        "repair or remove them, or raise max_bad_fraction"
     )
 
 
@@ -208,24 +208,33 @@ def test_the_global_random_state_is_left_alone(numbered):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+import torch
 from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.loader import CropLoader
 from dinov2cli.data.source import open_source
-import torch
+
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append("saved"))
 torch.ones(512, 512) @ torch.ones(512, 512)  # an OpenMP pool before the fork
 loader = CropLoader(open_source(sys.argv[1]), crop=MultiCrop(16, 8, 2), batch_size=4, seed=0, workers=2)
 try:
+    after = 0
     for step, batch in enumerate(loader):
         if step == 3:
             print("running", flush=True)
-        time.sleep(0.05)
+        time.sleep(0.02)
+        after += bool(asked)
+        if after == 20:  # a last few steps and a checkpoint: the workers must still be there
+            print(asked[0], flush=True)
+            break
 except KeyboardInterrupt:
     print("stopped", flush=True)
 """
 
 
-def test_ctrl_c_reaches_the_main_process_alone(numbered):
+@pytest.mark.parametrize("number, said", [(signal.SIGINT, "stopped"), (signal.SIGTERM, "saved")])
+def test_a_signal_to_all_processes_is_left_to_the_main_one(numbered, number, said):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(numbered(6))],
         stdout=subprocess.PIPE,
@@ -233,8 +242,9 @@ def test_ctrl_c_reaches_the_main_process_alone(numbered):
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None and process.stdout.readline() == "running\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running\n"
     time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert (out, err, process.returncode) == ("stopped\n", "", 0)
+    assert (out, err, process.returncode) == (f"{said}\n", "", 0)

@@ -81,6 +81,17 @@ def test_a_file_that_vanished_is_bad_not_fatal(picture_folder):
         source.read(1)
 
 
+def test_file_names_that_are_not_utf_8(tmp_path, encode):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
+    with open(name, "wb") as file:
+        file.write(encode(0))
+    source = open_source(str(tmp_path))
+    assert source.ids == ["caf\\xe9.png"] and source.read(0) == encode(0)
+    before = source.content_hash()
+    os.utime(name, ns=(1, 1))
+    assert source.content_hash() != before
+
+
 def test_folders_without_images(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -179,14 +190,14 @@ def test_parquet_without_metadata_and_named_columns(tmp_path, encode):
 
 
 def test_parquet_of_paths(picture_folder, encode):
-    table = pa.table({"file": ["cat/0.png", str(picture_folder / "dog/2.png"), "nowhere.png"], "cls": [3, 4, 5]})
+    table = pa.table({"file": ["cat/0.png", str(picture_folder / "dog/2.png"), "nowhere.png"], "cls": [3, None, 5]})
     pq.write_table(table, picture_folder / "index.parquet")
     source = open_source(f"{picture_folder}/index.parquet?image=file")
     assert source.read(0) == (picture_folder / "cat/0.png").read_bytes()
     assert source.read(1) == (picture_folder / "dog/2.png").read_bytes()
     with pytest.raises(BadImage, match="the file does not exist"):
         source.read(2)
-    assert source.labels.tolist() == [3, 4, 5]
+    assert source.labels.tolist() == [3, -1, 5]
 
 
 def test_parquet_folder_and_braces_keep_order(tmp_path, encode):
@@ -253,6 +264,7 @@ def test_local_copy_of_a_hub_dataset(tmp_path, encode, monkeypatch):
 def test_hub_name_that_cannot_be_reached():
     text = message("hf:nobody/nothing-here")
     assert text.startswith("hf:nobody/nothing-here: could not be read as a dataset of the Hugging Face hub (")
+    assert text.endswith("; check name, split and connection; private sets need `hf auth login`")
 
 
 # --- all sources --------------------------------------------------------------------------------------------------

@@ -116,12 +116,17 @@ def test_missing_shards_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, cure", [("run", "use it as MODEL, as in `dinov2 embed DATA -m"), ("results", "`dinov2 eval compare")]
+    "kind, noun, cure",
+    [
+        ("run", "a run directory", "use it as MODEL, as in `dinov2 embed DATA -m"),
+        ("results", "a results directory", "`dinov2 eval compare"),
+        ("demo", "the output of `dinov2 demo`", "give one of the directories in it"),
+    ],
 )
-def test_a_directory_of_another_kind_names_its_command(tmp_path, kind, cure):
+def test_a_directory_of_another_kind_names_its_command(tmp_path, kind, noun, cure):
     (tmp_path / "manifest.json").write_text(f'{{"kind": "{kind}", "schema": 1}}')
     text = message(str(tmp_path))
-    assert text.startswith(f"{tmp_path}: this is a {kind} directory")
+    assert text.startswith(f"{tmp_path}: this is {noun}")
     assert cure in text
 
 

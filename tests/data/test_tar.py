@@ -51,6 +51,7 @@ def test_img2dataset_shards(tmp_path, encode):
     assert open_source(f"{tmp_path}/s-000.tar?label=url").label_names == ["http://x/0", "http://x/1"]
     assert open_source(str(tmp_path)).ids == source.ids  # a folder of shards
     clone = pickle.loads(pickle.dumps(source))
+    del source  # closes its files: the clone must have its own
     assert clone.read(3) == images[3]
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2cli.artifacts.run import Journal
 from dinov2cli.data.masks import make_masks
 from dinov2cli.errors import Preempted, WorkError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train import checkpoint
 from dinov2cli.train.ema import ema_update, pair_parameters
-from dinov2cli.artifacts.run import Journal
 from dinov2cli.train.monitor import Monitor, batch_statistics
 from dinov2cli.train.optim import apply_schedule, clip_gradients
 from dinov2cli.train.parallel import Parallel
@@ -128,25 +128,15 @@ class Trainer:
     def train(self) -> TrainResult:
         """Go on from the newest checkpoint, or from the start, to the end of the run. Errors: see `train`."""
         self._resume()
-        started = time.monotonic() - self.elapsed
-        total = self.length.update(self.step, self.elapsed)
         with StopRequest() as stop:
             batches = iter(self.loader)  # workers start with the first batch: a finished run has none
-            while self.step < total:
-                waiting = time.perf_counter()
-                batch = next(batches)
-                working = time.perf_counter()
-                self._waited += working - waiting
-                values = self.schedules.at(self.step, total)
-                out, norms = self._update(batch, values)
-                self._busy += time.perf_counter() - waiting
-                self.elapsed = time.monotonic() - started
-                total = self.length.update(self.step, self.elapsed)
-                self._report(out, norms, values, total)
-                if self.step == total or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
-                    self._save()
-                if stop.received and self.step < total:
-                    self._stop(stop.received, total)
+            try:
+                self._loop(batches, stop)
+            finally:
+                # End the workers now: they ignore signals, and a traceback would keep the iterator alive.
+                close = getattr(batches, "close", None)
+                if close is not None:
+                    close()
         return TrainResult(
             step=self.step,
             images=self.step * self._total_batch,
@@ -154,6 +144,24 @@ class Trainer:
             metrics=dict(self._last),
             checkpoint=self.checkpoints / checkpoint.checkpoint_name(self.step),
         )
+
+    def _loop(self, batches: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:
+        started = time.monotonic() - self.elapsed
+        total = self.length.update(self.step, self.elapsed)
+        while self.step < total:
+            waiting = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - waiting
+            values = self.schedules.at(self.step, total)
+            out, norms = self._update(batch, values)
+            self._busy += time.perf_counter() - waiting
+            self.elapsed = time.monotonic() - started
+            total = self.length.update(self.step, self.elapsed)
+            self._report(out, norms, values, total)
+            if self.step == total or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
+                self._save()
+            if stop.received and self.step < total:
+                self._stop(stop.received, total)
 
     @property
     def _total_batch(self) -> int:

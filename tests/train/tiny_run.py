@@ -8,6 +8,8 @@ from sklearn.datasets import load_sample_image
 
 from dinov2cli.data.augment import Augment
 from dinov2cli.data.crops import MultiCrop
+from dinov2cli.data.loader import CropLoader
+from dinov2cli.data.source import open_source
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train.loop import TrainResult, train
 from dinov2cli.train.optim import build_optimizer
@@ -82,6 +84,18 @@ def tiny_train(run: Path, steps: int, *, model: SSLModel | None = None, lr: floa
     return train(run, model=model, **(defaults | settings))
 
 
+def worker_loader() -> CropLoader:
+    """The product's own loader over demo tiles, with worker processes."""
+    crop = MultiCrop(global_size=32, local_size=16, local_number=2)
+    return CropLoader(open_source("demo:digits"), crop=crop, batch_size=BATCH, seed=SEED, workers=2)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tiny_train(Path(sys.argv[1]), int(sys.argv[2]), on_metrics=lambda line, total: print(line["step"], flush=True))
+    loader = worker_loader() if sys.argv[3:] == ["workers"] else TileLoader()
+    tiny_train(
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        loader=loader,
+        on_metrics=lambda line, total: print(line["step"], flush=True),
+    )

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from dinov2cli.errors import WorkError
 
-
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -62,7 +61,7 @@ def _cannot_write(path: Path, error: OSError) -> WorkError:
 
 
 def read_metrics(run: Path | str) -> list[dict]:
-    """Lines of the metrics of a run directory, in order; a last line cut short by a kill is left out, [] without any."""
+    """Lines of the metrics of a run directory, in order, less a last line cut short by a kill; [] without any."""
     path = Path(run) / METRICS_FILE
     return _read_lines(path) if path.is_file() else []
 

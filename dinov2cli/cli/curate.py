@@ -112,9 +112,9 @@ def run_curate(
             for i, c in enumerate(queries)
         ]
         found = _choose(mode, collection, queries, config)
-        report = curate_report(found, collection.images(), title=f"Images chosen from {data}")
+        html = curate_report(found, collection.images(), title=f"Images chosen from {data}")
         manifest = write_selection(
-            out, kept=found.kept, dropped=found.dropped, report=report, hits=found.hits, summary=found.summary
+            out, kept=found.kept, dropped=found.dropped, report=html, hits=found.hits, summary=found.summary
         )
     for line in found.messages:
         talk.say(line)

@@ -118,7 +118,7 @@ def run_dedup(
             )
         threshold = config.threshold if config.threshold is not None else core.BACKBONE_THRESHOLD
         limit = config.against_threshold if config.against_threshold is not None else threshold
-        radius = {} if config.hash_radius is None else {"hash_radius": config.hash_radius}
+        radius = config.hash_radius if config.hash_radius is not None else core.RADIUS
         found = core.dedup(
             pool,
             vectors=collection.vectors if "embedding" in tiers else None,
@@ -131,12 +131,12 @@ def run_dedup(
             against_components=config.against_components,
             index=config.index,
             nprobe=config.nprobe,
+            hash_radius=radius,
             seed=config.seed,
-            **radius,
         )
-        report = dedup_report(found, pool, collection.images(), title=f"Duplicates in {data}", threshold=threshold)
+        html = dedup_report(found, pool, collection.images(), title=f"Duplicates in {data}", threshold=threshold)
         manifest = write_selection(
-            out, kept=found.kept, dropped=found.dropped, groups=found.groups, report=report, summary=found.summary
+            out, kept=found.kept, dropped=found.dropped, groups=found.groups, report=html, summary=found.summary
         )
     for line in found.messages:
         talk.say(line)
@@ -151,7 +151,8 @@ def _tiers(config: "DedupConfig", collection: "Collection", talk: "Talk") -> lis
     if config.tiers is not None:
         if "embedding" in config.tiers and not embedded:
             raise UserError(
-                f"--tiers embedding: {collection.spec} holds no embeddings; give -m MODEL, or the output of `dinov2 embed`"
+                f"--tiers embedding: {collection.spec} holds no embeddings; "
+                "give -m MODEL, or the output of `dinov2 embed`"
             )
         return list(config.tiers)
     if collection.vectors is None and config.model is None:

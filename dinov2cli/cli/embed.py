@@ -79,10 +79,9 @@ def run_embed(
     *,
     dry_run: bool = False,
     overwrite: bool = False,
-    report: bool = True,
 ) -> None:
-    """Embed into one directory; also what other commands call. `report` prints the result to stdout."""
-    from dinov2cli.cli.frame import check_output, open_output, result_fields
+    """Embed into one directory; also what other commands call."""
+    from dinov2cli.cli.frame import check_output, model_input, open_output, result_fields
     from dinov2cli.data.source import open_source
     from dinov2cli.errors import UserError
     from dinov2cli.models.load import load_model
@@ -93,7 +92,7 @@ def run_embed(
         )
     source = open_source(data)
     loaded = load_model(config.model, img_size=config.image_size, seed=config.seed)
-    inputs = [source.fingerprint(), {"spec": config.model, "kind": "model", **loaded.fingerprint}]
+    inputs = [source.fingerprint(), model_input(config.model, loaded.fingerprint)]
     identity = config.identity()
     identity.pop("batch_size")
     if dry_run:
@@ -106,8 +105,7 @@ def run_embed(
     with out:
         manifest = _write(out, source, loaded, config, talk)
     talk.say(f"{path}: {manifest.rows:,} images embedded, dimension {manifest.extra['dim']}")
-    if report:
-        talk.result(path, **result_fields(manifest))
+    talk.result(path, **result_fields(manifest))
 
 
 def _write(out: "Output", source: "ImageSource", loaded: "LoadedModel", config: "EmbedConfig", talk: "Talk") -> Any:

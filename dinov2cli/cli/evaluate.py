@@ -109,14 +109,14 @@ def run_eval(
     from dataclasses import asdict
 
     from dinov2cli.artifacts.results import write_results
-    from dinov2cli.cli.frame import check_output, open_output, result_fields
+    from dinov2cli.cli.frame import check_output, model_input, open_output, result_fields
     from dinov2cli.data.source import open_source
     from dinov2cli.models.load import load_model
     from dinov2cli.report.results import results_report
 
     sources = [open_source(options.from_stdin(spec)) for spec in (train, test)]
     loaded = load_model(model, img_size=config.image_size, seed=config.seed)
-    inputs = [*(s.fingerprint() for s in sources), {"spec": model, "kind": "model", **loaded.fingerprint}]
+    inputs = [*(s.fingerprint() for s in sources), model_input(model, loaded.fingerprint)]
     identity = {"task": task, **config.identity()}
     identity.pop("batch_size")
     if dry_run:
@@ -129,12 +129,13 @@ def run_eval(
     if out is None:
         return
     with out:
-        result = _BENCHMARKS[task](loaded, sources, config, talk).result
+        outcome = _BENCHMARKS[task](loaded, sources, config, talk)
+        result = outcome.result
         for note in result.notes:
             talk.warn(note)
         rows = result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
-        report = results_report(rows, title=f"{task} of {loaded.name}")
-        manifest = write_results(out, rows, report=report, random=loaded.random)
+        html = results_report(rows, title=f"{task} of {loaded.name}")
+        manifest = write_results(out, rows, predictions=outcome.table(*sources), report=html, random=loaded.random)
     for row in rows:
         talk.say(f"{row.metric}: {row.value:.1%} [{row.ci_low:.1%}, {row.ci_high:.1%}] on {row.n:,} images")
     talk.result(path, **result_fields(manifest), results=[asdict(row) for row in rows])

@@ -56,6 +56,11 @@ def check_output(
     return "already done" if old.complete else "continued"
 
 
+def model_input(spec: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a model among a manifest's inputs; where its file lies is left out, so that it may move."""
+    return {"spec": spec, "kind": "model", **{key: value for key, value in fingerprint.items() if key != "file"}}
+
+
 def result_fields(manifest: Manifest) -> dict[str, Any]:
     """Return the fields of a manifest that `--json` prints."""
     return {"kind": manifest.kind, "rows": manifest.rows, "seconds": manifest.seconds, **manifest.extra}

@@ -64,7 +64,13 @@ def pretrain(
 
 
 def train_run(
-    data: str, path: Path, config: "PretrainConfig", talk: "Talk", *, dry_run: bool = False, overwrite: bool = False
+    data: str,
+    path: Path,
+    config: "PretrainConfig",
+    talk: "Talk",
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Train one run directory from a resolved config; also what the demo calls."""
     from dinov2cli.artifacts.run import read_metrics
@@ -122,7 +128,7 @@ def _assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool)
 
     c, optim, loss = config, config.optim, config.loss
     parallel = setup(c.device, c.train.precision)
-    backbone, model_inputs = _backbone(c)
+    backbone, model_inputs = initial_backbone(c)
     heads = c.heads.model_dump()
     model = build_ssl_model(backbone, **heads, centering=loss.centering, seed=c.seed).to(parallel.device)
     total_batch = c.data.batch_size * parallel.world_size
@@ -199,29 +205,28 @@ def _overrides(config: "PretrainConfig") -> dict[str, Any]:
     }
 
 
-def _backbone(config: "PretrainConfig") -> tuple[Any, list[dict[str, Any]]]:
-    """The student's backbone, and the fingerprint of the model it continues from, if any."""
+def initial_backbone(config: "PretrainConfig") -> tuple[Any, list[dict[str, Any]]]:
+    """The backbone that training starts from, and the manifest's entry of the model it continues, if any."""
+    from dinov2cli.cli.frame import model_input
     from dinov2cli.errors import UserError
     from dinov2cli.models.load import load_model
     from dinov2cli.models.registry import build
     from dinov2cli.models.vit import patch_advice
 
-    for name in ("global_size", "local_size"):
-        size, patch = getattr(config.crops, name), _patch_size(config)
-        if size % patch and (name == "global_size" or config.crops.local_number):
-            raise UserError(f"crops.{name} {size} {patch_advice(size, patch)}")
-    if config.model.init_from is None:
-        return build(config.model.arch, seed=config.seed, **_overrides(config)), []
-    loaded = load_model(config.model.init_from)
-    backbone = loaded.backbone.train()
-    backbone.set_drop_path(config.model.drop_path, uniform=config.model.drop_path_uniform)
-    return backbone, [{"spec": config.model.init_from, "kind": "model", **loaded.fingerprint}]
-
-
-def _patch_size(config: "PretrainConfig") -> int:
-    from dinov2cli.models.registry import architecture
-
-    return config.model.patch_size or architecture(config.model.arch)["patch_size"]
+    m, crops = config.model, config.crops
+    inputs = []
+    if m.init_from is None:
+        backbone = build(m.arch, seed=config.seed, **_overrides(config))
+    else:
+        loaded = load_model(m.init_from)
+        backbone = loaded.backbone.train()
+        backbone.set_drop_path(m.drop_path, uniform=m.drop_path_uniform)
+        inputs = [model_input(m.init_from, loaded.fingerprint)]
+    sizes = {"global_size": crops.global_size} | ({"local_size": crops.local_size} if crops.local_number else {})
+    for name, size in sizes.items():
+        if size % backbone.patch_size:
+            raise UserError(f"crops.{name} {size} {patch_advice(size, backbone.patch_size)}")
+    return backbone, inputs
 
 
 def _length(config: "PretrainConfig", images: int, total_batch: int) -> "RunLength":
@@ -236,10 +241,10 @@ def _length(config: "PretrainConfig", images: int, total_batch: int) -> "RunLeng
 def _online_knn(config: "PretrainConfig", source: "ImageSource", precision: str) -> Any:
     from dinov2cli.evaluation.online import OnlineKnn
 
-    return OnlineKnn(source, preprocess=_preprocess(config), seed=config.seed, precision=precision)
+    return OnlineKnn(source, preprocess=preprocess_of(config), seed=config.seed, precision=precision)
 
 
-def _preprocess(config: "PretrainConfig") -> Any:
+def preprocess_of(config: "PretrainConfig") -> Any:
     """How images are prepared for the trained model: the crop it was trained at, the paper's margin around it."""
     from dinov2cli.models.preprocess import Preprocess
 
@@ -254,10 +259,11 @@ def _export(
 
     size = config.crops.global_size
     card = (
-        f"Trained by `dinov2 pretrain` for {steps:,} steps ({images:,} images) on `{source.spec}` ({len(source):,} images), "
-        f"at {size} pixels with batch {config.data.batch_size}. These are the weights of the EMA teacher."
+        f"Trained by `dinov2 pretrain` for {steps:,} steps ({images:,} images) on `{source.spec}` "
+        f"({len(source):,} images), at {size} pixels with batch {config.data.batch_size}. "
+        "These are the weights of the EMA teacher."
     )
-    prepared = _preprocess(config)
+    prepared = preprocess_of(config)
     save_hf(backbone, path / "export", resize=prepared.resize, crop=prepared.crop, card=card)
 
 
@@ -266,8 +272,7 @@ def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]
 
     c, student = config, parts["model"].student
     counts = {name: sum(p.numel() for p in child.parameters()) for name, child in student.named_children()}
-    over = {k: v for k, v in _overrides(c).items() if k in ("patch_size", "num_register_tokens", "ffn")}
-    big, small = (backbone_flops(c.model.arch, s, **over) for s in (c.crops.global_size, c.crops.local_size))
+    big, small = (backbone_flops(student.backbone, s) for s in (c.crops.global_size, c.crops.local_size))
     head = head_flops(
         student.backbone.embed_dim, c.heads.prototypes, c.heads.hidden, c.heads.bottleneck, c.heads.layers
     )

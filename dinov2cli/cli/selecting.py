@@ -49,7 +49,7 @@ def with_vectors(
         raise UserError(
             f"{collection.spec} holds images without embeddings; give -m MODEL, or the output of `dinov2 embed`"
         )
-    run_embed(collection.spec, place, embed_config, talk, report=False)
+    run_embed(collection.spec, place, embed_config, talk.inner())
     embedded = open_collection(str(place))
     return replace(embedded, spec=collection.spec, fingerprint=collection.fingerprint)
 

@@ -1,6 +1,7 @@
-"""What the program says: human text on stderr, the result on stdout (the output path when piped, or one JSON object)."""
+"""What the program says: human text on stderr, the result on stdout (the output path when piped, or JSON)."""
 
 import contextlib
+import copy
 import json
 import logging
 import sys
@@ -21,9 +22,16 @@ class Talk:
     def __init__(self, *, json_output: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self.json_output = json_output
         self.quiet = quiet
+        self.gives_result = True
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
         _route_logging(self.console, level, verbose)
+
+    def inner(self) -> "Talk":
+        """The voice of a step inside a larger command: it speaks, but leaves stdout to the command."""
+        inner = copy.copy(self)
+        inner.gives_result = False
+        return inner
 
     def say(self, text: str) -> None:
         """Print one line for a human."""
@@ -37,6 +45,8 @@ class Talk:
 
     def result(self, path: Path | str, **fields: Any) -> None:
         """Close a command: say where the output is and give it to the next program in the pipe."""
+        if not self.gives_result:
+            return
         if self.json_output:
             print(json.dumps({"path": str(path), **fields}, default=str, ensure_ascii=False))  # noqa: T201
         elif not sys.stdout.isatty():

@@ -1,4 +1,4 @@
-"""Embedding a source into shards on disk: one shard per fixed range of rows, so that a stopped run goes on at a shard."""
+"""Embedding a source into shards on disk: one per fixed range of rows, so that a stopped run goes on at a shard."""
 
 from collections.abc import Callable, Iterable, Iterator
 

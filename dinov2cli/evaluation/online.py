@@ -25,8 +25,8 @@ class _Images:
 class OnlineKnn:
     """Called with (backbone, step) it gives {"knn": top-1 accuracy at k = 20} of class tokens; pixels are decoded once.
 
-    The sample holds `sample` labelled images drawn by `seed`; unreadable ones are left out. Raises InputError when fewer
-    than two images have a label.
+    The sample holds `sample` labelled images drawn by `seed`; unreadable ones are left out. Raises InputError when
+    fewer than two images have a label.
     """
 
     def __init__(

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from dinov2cli.data.source import ImageSource
 from dinov2cli.evaluation.features import Features
 from dinov2cli.evaluation.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, KnnResult, knn_classify
 from dinov2cli.evaluation.linear import LAST_BLOCKS, LEARNING_RATES, LinearResult, linear_probe
 from dinov2cli.evaluation.scores import align_labels
 
 R = TypeVar("R", KnnResult, LinearResult)
+_STORED_NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,29 @@ class Outcome(Generic[R]):
     train_labels: np.ndarray
     test_labels: np.ndarray
     class_names: list[str]
+
+    def table(self, train: ImageSource, test: ImageSource) -> pa.Table:
+        """One row per labelled test image: id, label, prediction and correct, and for k-NN its nearest training images
+        (`neighbours`: ids, `neighbour_labels`, `similarities`), at the k that is quoted."""
+        result, names = self.result, np.asarray(self.class_names)
+        if isinstance(result, KnnResult):
+            answers = result.predictions[result.headline_k]
+        else:
+            answers = result.predictions
+        columns = {
+            "id": pa.array([test.ids[row] for row in self.test_index], pa.string()),
+            "label": pa.array(names[self.test_labels], pa.string()),
+            "prediction": pa.array(names[answers], pa.string()),
+            "correct": pa.array(result.correct(), pa.bool_()),
+        }
+        if isinstance(result, KnnResult):
+            near = result.neighbours[:, :_STORED_NEIGHBOURS]
+            columns |= {
+                "neighbours": pa.array([[train.ids[self.train_index[j]] for j in row] for row in near]),
+                "neighbour_labels": pa.array([names[self.train_labels[row]].tolist() for row in near]),
+                "similarities": pa.array(list(result.similarities[:, :_STORED_NEIGHBOURS])),
+            }
+        return pa.table(columns)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import pickle
+from pickle import UnpicklingError
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def read_pth(file: Path) -> dict[str, Any]:
     """The dict inside a `.pth` file, read with weights_only=True."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except UnpicklingError:
         raise InputError(
             f"{file} is no plain weights file: it is damaged or holds Python objects, which are never loaded; "
             "save its state_dict() alone"

@@ -5,14 +5,16 @@ softmax, together below 2 % at the released sizes, are not.
 """
 
 from itertools import pairwise
+from typing import Any
 
 from dinov2cli.models.blocks import swiglu_hidden
 from dinov2cli.models.registry import architecture
+from dinov2cli.models.vit import VisionTransformer
 
 
-def backbone_parameters(arch: str, **overrides: object) -> int:
-    """Number of parameters of the backbone. Raises UserError for an unknown name."""
-    a = architecture(arch, **overrides)
+def backbone_parameters(arch: str | VisionTransformer, **overrides: object) -> int:
+    """Number of parameters of a backbone or of an architecture. Raises UserError for an unknown name."""
+    a = _numbers(arch, overrides)
     d, patch, channels = a["embed_dim"], a["patch_size"], a.get("in_chans", 3)
     tokens = 1 + (a["img_size"] // patch) ** 2 + a["num_register_tokens"]  # class and grid positions, registers
     stem = d * (1 + tokens + 1) + d * (channels * patch**2 + 1)  # class token, positions, mask token; projection
@@ -24,9 +26,9 @@ def backbone_parameters(arch: str, **overrides: object) -> int:
     return stem + a["depth"] * block + 2 * d
 
 
-def backbone_flops(arch: str, image_size: int | None = None, **overrides: object) -> int:
+def backbone_flops(arch: str | VisionTransformer, image_size: int | None = None, **overrides: object) -> int:
     """Operations of one forward pass over one square image, `image_size` pixels wide (default: the architecture's)."""
-    a = architecture(arch, **overrides)
+    a = _numbers(arch, overrides)
     d, patch, channels = a["embed_dim"], a["patch_size"], a.get("in_chans", 3)
     patches = ((image_size or a["img_size"]) // patch) ** 2
     tokens = 1 + a["num_register_tokens"] + patches
@@ -47,6 +49,14 @@ def head_flops(in_dim: int, prototypes: int, hidden: int = 2048, bottleneck: int
     """Operations of one projection head on one token."""
     widths = [in_dim] + [hidden] * (layers - 1) + [bottleneck, prototypes]
     return 2 * sum(a * b for a, b in pairwise(widths))
+
+
+def _numbers(arch: str | VisionTransformer, overrides: dict[str, object]) -> dict[str, Any]:
+    """What the counts depend on, of a name or of a backbone."""
+    if isinstance(arch, str):
+        return architecture(arch, **overrides)
+    names = ("embed_dim", "depth", "patch_size", "in_chans", "img_size", "num_register_tokens", "mlp_ratio", "ffn")
+    return {name: getattr(arch, name) for name in (*names, "layerscale", "qkv_bias")} | overrides
 
 
 def _hidden(a: dict) -> tuple[int, bool]:

@@ -69,8 +69,7 @@ class VisionTransformer(nn.Module):
         self.num_register_tokens, self.layerscale, self.norm_eps = num_register_tokens, layerscale, norm_eps
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
         self.grid = img_size // patch_size
-        steps = max(depth - 1, 1)
-        self.drop_rates = [drop_path if drop_path_uniform else drop_path * i / steps for i in range(depth)]
+        self.set_drop_path(drop_path, uniform=drop_path_uniform)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, embed_dim))
@@ -93,6 +92,11 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.init_weights(generator)
+
+    def set_drop_path(self, rate: float, *, uniform: bool = True) -> None:
+        """Set the stochastic-depth rate, in [0, 1): the same in every block, or rising linearly from 0 to `rate`."""
+        steps = max(self.depth - 1, 1)
+        self.drop_rates = [rate if uniform else rate * i / steps for i in range(self.depth)]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

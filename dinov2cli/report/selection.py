@@ -97,7 +97,7 @@ def curate_report(found: Curated, images: ImageSource, *, title: str, figures: b
     if before is not None and after is not None:
         tiles.append(Tile("evenness over clusters", f"{after:.2f}", f"was {before:.2f}; 1 is all equal"))
     report.summary(found.messages, tiles=tiles)
-    column = next((name for name in ("cluster_top", "cluster") if name in found.kept.column_names), None)
+    column = _cluster_column(found.kept)
     if column is None:
         if figures and kept:
             sample = thumbnails(images, spread(found.rows.tolist(), 4 * _PER_CLUSTER))
@@ -105,8 +105,7 @@ def curate_report(found: Curated, images: ImageSource, *, title: str, figures: b
             if rows:
                 report.section("Chosen images").figure(samples_per_cluster(rows), "An even sample of what was chosen.")
         return report.html()
-    labels = np.array(found.kept.column(column).to_pylist(), dtype=object)
-    labels = np.array([-1 if label is None else int(label) for label in labels])
+    labels = _labels(found.kept, column)
     sizes = np.unique(labels[labels >= 0], return_counts=True)[1]
     if len(sizes):
         report.section("Chosen images per cluster").figure(cluster_sizes(sizes))
@@ -118,6 +117,24 @@ def curate_report(found: Curated, images: ImageSource, *, title: str, figures: b
             "do not tell them apart yet.",
         ).figure(samples_per_cluster(clusters))
     return report.html()
+
+
+def cluster_samples_of(kept: pa.Table, images: ImageSource) -> list[tuple[str, list[np.ndarray]]]:
+    """Title and some images of a spread of clusters of a selection; [] when it has none. `images` are found by id."""
+    column = _cluster_column(kept)
+    if column is None:
+        return []
+    row_of = {name: row for row, name in enumerate(images.ids)}
+    rows = np.array([row_of[name] for name in kept.column("id").to_pylist()], dtype=np.int64)
+    return cluster_samples(_labels(kept, column), rows, images)
+
+
+def _cluster_column(kept: pa.Table) -> str | None:
+    return next((name for name in ("cluster_top", "cluster") if name in kept.column_names), None)
+
+
+def _labels(kept: pa.Table, column: str) -> np.ndarray:
+    return np.array([-1 if label is None else int(label) for label in kept.column(column).to_pylist()], dtype=np.int64)
 
 
 def cluster_samples(

@@ -29,7 +29,7 @@ def embeddings(tmp_path):
     vectors = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
     out = Output.open(tmp_path / "e", "embeddings", command="dinov2 embed", config={})
     writer = EmbeddingsWriter(out, 4)
-    for shard, rows in enumerate((range(0, 4), range(4, 8), range(8, 10))):
+    for shard, rows in enumerate((range(4), range(4, 8), range(8, 10))):
         writer.write_shard(shard, vectors[rows.start : rows.stop], metadata(rows))
     writer.finish(10)
     return tmp_path / "e", vectors
@@ -51,7 +51,7 @@ def test_embeddings_read_back_by_block_and_by_row(embeddings):
 
 
 def test_embeddings_files_are_what_other_tools_read(embeddings):
-    path, vectors = embeddings
+    path, _ = embeddings
     plain = np.load(path / "img_emb" / "img_emb_0001.npy", mmap_mode="r")
     assert plain.flags["C_CONTIGUOUS"]
     assert plain.shape == (4, 4)

@@ -174,7 +174,7 @@ class _Bank:
         gradient_BHC = self.logits(x_BD).softmax(dim=-1)
         gradient_BHC[torch.arange(len(y_B), device=y_B.device), :, y_B] -= 1
         gradient_BHC /= len(y_B)
-        self._weight_speed.mul_(_MOMENTUM).add_((x_BD.T @ gradient_BHC.flatten(1)).view_as(self._weight_speed))
+        self._weight_speed.flatten(1).addmm_(x_BD.T, gradient_BHC.flatten(1), beta=_MOMENTUM)
         self._bias_speed.mul_(_MOMENTUM).add_(gradient_BHC.sum(dim=0))
         self.weight_DHC.addcmul_(self._weight_speed, self._rate_H1, value=-cosine)
         self.bias_HC.addcmul_(self._bias_speed, self._rate_H1, value=-cosine)

@@ -139,3 +139,17 @@ def test_impossible_requests_say_what_to_use():
         knn_classify(x[:1], y[:1], x[:1], y[:1], leave_one_out=True)
     with pytest.raises(WorkError, match="1 of 4 feature vectors of the training set hold NaN"):
         knn_classify(np.where(x > 2, 0, x) + np.array([[np.nan], [0], [0], [0]]), y, x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_gpu_and_cpu_agree(digits, leave_one_out):
+    train, train_y, test, test_y = digits
+    if leave_one_out:
+        train, train_y = test, test_y
+    cpu = knn_classify(train, train_y, test, test_y, leave_one_out=leave_one_out)
+    gpu = knn_classify(train, train_y, test, test_y, leave_one_out=leave_one_out, device="cuda")
+    assert np.allclose(cpu.similarities, gpu.similarities, atol=1e-5)
+    for k in cpu.ks:
+        assert (cpu.predictions[k] == gpu.predictions[k]).mean() > 0.99

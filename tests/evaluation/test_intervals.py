@@ -81,6 +81,18 @@ def test_level_counts_and_index_draws_agree():
     assert bootstrap_mean_interval(jittered, seed=3, resamples=4000) == pytest.approx(by_level, abs=0.004)
 
 
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_bootstrap_of_a_large_sample_is_the_normal_interval(confidence):
+    values = np.random.default_rng(0).normal(size=4000)
+    low, high = bootstrap_mean_interval(values, seed=0, resamples=8000, confidence=confidence)
+    expected = stats.norm.interval(confidence, values.mean(), values.std() / np.sqrt(4000))
+    width = expected[1] - expected[0]
+    assert (low, high) == pytest.approx(expected, abs=0.05 * width)
+    assert bootstrap_interval(lambda i: values[i].mean(), 4000, seed=0, confidence=confidence) == pytest.approx(
+        expected, abs=0.1 * width
+    )
+
+
 def test_bootstrap_is_decided_by_its_seed():
     values = np.random.default_rng(0).normal(size=100)
     first = bootstrap_mean_interval(values, seed=5)

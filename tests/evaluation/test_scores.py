@@ -14,9 +14,9 @@ def test_names_decide_when_both_sets_have_them():
 
 
 def test_numbers_decide_without_names_and_gaps_close():
-    train, test, names = align_labels(np.array([5, 9, 5, -1]), None, np.array([9, 5]), ["x"] * 10)
+    train, test, names = align_labels(np.array([5, 9, 5, -1, -2]), None, np.array([9, 5]), ["x"] * 10)
     assert names == ["5", "9"]
-    assert train.tolist() == [0, 1, 0, -1]
+    assert train.tolist() == [0, 1, 0, -1, -1]
     assert test.tolist() == [1, 0]
 
 

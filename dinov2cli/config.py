@@ -3,7 +3,7 @@
 Plain values only; the command line turns them into keyword arguments, so no core room ever sees a config object.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -253,6 +253,9 @@ class EvalSection(Section):
 
 class PretrainConfig(CommonConfig):
     """Settings of `dinov2 pretrain`: the short recipe of the paper, with every schedule a fraction of the run."""
+
+    # Two ways to say one thing: given by a flag, one replaces the other of a recipe.
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("train.steps", "train.budget"),)
 
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()

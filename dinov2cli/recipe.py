@@ -73,6 +73,7 @@ def load_config(
         if value is not None:
             _place(values, key, value)
             origin[key] = "flag"
+    _drop_replaced(values, origin, getattr(model, "alternatives", ()))
     problems += [_unknown(key, origin[key], known) for key in origin if key not in known]
     for key in origin:
         if key not in known:
@@ -155,6 +156,17 @@ def _place(values: dict[str, Any], key: str, value: Any) -> None:
             child = values[parent] = {}
         values = child
     values[last] = value
+
+
+def _drop_replaced(values: dict[str, Any], origin: dict[str, str], groups: Sequence[Sequence[str]]) -> None:
+    """Of keys that are alternatives keep those of the strongest origin: flags, then --set, then the recipe."""
+    strength = {"flag": 2, "--set": 1}
+    for group in groups:
+        given = {key: strength.get(origin[key], 0) for key in group if key in origin}
+        for key, rank in given.items():
+            if rank < max(given.values()):
+                _remove(values, key)
+                del origin[key]
 
 
 def _remove(values: dict[str, Any], key: str) -> None:

@@ -95,3 +95,12 @@ def test_identity_leaves_out_what_never_changes_a_result():
     identity = PretrainConfig(workers=3, device="cpu").identity()
     assert identity == PretrainConfig(workers=0).identity()
     assert identity != PretrainConfig(seed=1).identity()
+
+
+def test_a_flag_replaces_its_alternative_in_the_recipe(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("train: {steps: 300}\n")
+    config = load_config(PretrainConfig, recipe=str(recipe), flags={"train.budget": "5m"})
+    assert (config.train.steps, config.train.budget) == (None, "5m")
+    config = load_config(PretrainConfig, recipe=str(recipe), sets=["train.budget=5m"], flags={"train.steps": 2})
+    assert (config.train.steps, config.train.budget) == (2, None)

@@ -15,6 +15,8 @@ from dinov2cli.errors import DinoError, Preempted, WorkError
 
 _EPILOG = "Start with `dinov2 demo`, then `dinov2 pretrain PHOTOS -o RUN`. Every command explains itself with --help."
 
+_INTERRUPTED = "stopped by Ctrl-C; what was finished is saved, the same command continues from there"
+
 app = typer.Typer(
     name="dinov2",
     help="From a folder of raw images to a trained, evaluated vision backbone: embed, dedup, curate, pretrain, eval.",
@@ -64,12 +66,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _preempt)
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="dinov2", standalone_mode=True)
-    except SystemExit as stop:
+    except SystemExit as stop:  # Typer turns Ctrl-C into a silent exit 130
+        if stop.code == 130:
+            return _fail(_INTERRUPTED, 130)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except DinoError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("stopped by Ctrl-C; what was finished is saved, the same command continues from there", 130)
+        return _fail(_INTERRUPTED, 130)
     except BrokenPipeError:  # the reader of our stdout has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -210,23 +210,21 @@ def initial_backbone(config: "PretrainConfig") -> tuple[Any, list[dict[str, Any]
     from dinov2cli.cli.frame import model_input
     from dinov2cli.errors import UserError
     from dinov2cli.models.load import load_model
-    from dinov2cli.models.registry import build
+    from dinov2cli.models.registry import architecture, build
     from dinov2cli.models.vit import patch_advice
 
     m, crops = config.model, config.crops
-    inputs = []
-    if m.init_from is None:
-        backbone = build(m.arch, seed=config.seed, **_overrides(config))
-    else:
-        loaded = load_model(m.init_from)
-        backbone = loaded.backbone.train()
-        backbone.set_drop_path(m.drop_path, uniform=m.drop_path_uniform)
-        inputs = [model_input(m.init_from, loaded.fingerprint)]
+    loaded = None if m.init_from is None else load_model(m.init_from)
+    patch = loaded.backbone.patch_size if loaded else m.patch_size or architecture(m.arch)["patch_size"]
     sizes = {"global_size": crops.global_size} | ({"local_size": crops.local_size} if crops.local_number else {})
     for name, size in sizes.items():
-        if size % backbone.patch_size:
-            raise UserError(f"crops.{name} {size} {patch_advice(size, backbone.patch_size)}")
-    return backbone, inputs
+        if size % patch:
+            raise UserError(f"crops.{name} {size} {patch_advice(size, patch)}")
+    if loaded is None:
+        return build(m.arch, seed=config.seed, **_overrides(config)), []
+    backbone = loaded.backbone.train()
+    backbone.set_drop_path(m.drop_path, uniform=m.drop_path_uniform)
+    return backbone, [model_input(str(m.init_from), loaded.fingerprint)]
 
 
 def _length(config: "PretrainConfig", images: int, total_batch: int) -> "RunLength":

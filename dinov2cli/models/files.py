@@ -2,8 +2,8 @@
 
 import json
 import logging
-from pickle import UnpicklingError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch

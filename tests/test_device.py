@@ -3,14 +3,21 @@
 import pytest
 import torch
 
+from dinov2cli import device
+from dinov2cli.device import choose_device, choose_precision
 from dinov2cli.errors import UserError
-from dinov2cli.train.parallel import choose_device, choose_precision, setup
+from dinov2cli.train.parallel import setup
 
 CPU = torch.device("cpu")
 
 
-def test_cpu_computes_in_float32_unless_asked():
+def test_cpu_keeps_features_in_float32_and_trains_in_what_it_is_fast_in(monkeypatch):
     assert choose_precision("auto", CPU) == ("fp32", "CPU")
+    for has, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(device, "cpu_has_bf16", lambda has=has: has)
+        assert choose_precision("auto", CPU)[0] == "fp32"
+        assert choose_precision("auto", CPU, training=True)[0] == precision
+        assert setup("cpu").precision == precision
     assert setup("cpu", "bf16").precision == "bf16"
     with setup("cpu", "bf16").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
@@ -28,7 +35,7 @@ def test_a_device_that_is_not_there(name, text):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("int8", r"train\.precision: found 'int8'; expected one of auto"), ("fp16", r"train\.precision: fp16 on a CPU")],
+    [("int8", r"precision: found 'int8'; expected one of auto"), ("fp16", r"precision: fp16 on a CPU")],
 )
 def test_a_precision_that_cannot_be(name, text):
     with pytest.raises(UserError, match=text):

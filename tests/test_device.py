@@ -35,7 +35,7 @@ def test_a_device_that_is_not_there(name, text):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("int8", r"precision: found 'int8'; expected one of auto"), ("fp16", r"precision: fp16 on a CPU")],
+    [("int8", r"precision: found 'int8'; expected auto, fp32"), ("fp16", r"precision: fp16 on a CPU")],
 )
 def test_a_precision_that_cannot_be(name, text):
     with pytest.raises(UserError, match=text):

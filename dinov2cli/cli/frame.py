@@ -1,6 +1,5 @@
 """Steps that every command shares: its command line for the manifest, its workers, its dry run."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,11 +15,11 @@ def command_line() -> str:
     return shlex.join(["dinov2", *sys.argv[1:]])
 
 
-def workers_for(asked: int | None, *, limit: int = 16) -> int:
-    """Return the number of decoding processes: as asked, else the cores of this process less one for the main one."""
-    if asked is not None:
-        return asked
-    return min(limit, max(1, len(os.sched_getaffinity(0)) - 1))
+def workers_for(asked: int | None) -> int:
+    """Return the number of decoding processes: as asked, else one per spare core."""
+    from dinov2cli.data.workers import default_workers
+
+    return default_workers() if asked is None else asked
 
 
 def open_output(

@@ -40,10 +40,10 @@ def worker_loader(reader: TaskReader, tasks: Iterable[Any], workers: int, *, pre
     )
 
 
-def default_workers(limit: int = 8) -> int:
-    """Processor cores this process may use, at most `limit`."""
+def default_workers(limit: int = 16) -> int:
+    """Processor cores this process may use, less one for the main process, from 1 to `limit`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return min(cores, limit)
+    return max(1, min(cores - 1, limit))
 
 
 def _as_is(result: Any) -> Any:

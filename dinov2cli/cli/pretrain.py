@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dinov2cli.data.source import ImageSource
     from dinov2cli.train.schedules import RunLength
 
+_SMALL = 128  # pixels
 _BUDGET = "Length of the run: 100 epochs, 20000 images, 300 steps, 30m."
 
 
@@ -243,11 +244,14 @@ def _online_knn(config: "PretrainConfig", source: "ImageSource", precision: str)
 
 
 def preprocess_of(config: "PretrainConfig") -> Any:
-    """How images are prepared for the trained model: the crop it was trained at, the paper's margin around it."""
+    """How images are prepared for the trained model: the crop it was trained at, with the paper's margin around it.
+
+    Small images (digits, tiles) fill their frame, so models of small crops see them whole.
+    """
     from dinov2cli.models.preprocess import Preprocess
 
     size = config.crops.global_size
-    return Preprocess(resize=round(size * 256 / 224), crop=size)
+    return Preprocess(resize=size if size < _SMALL else round(size * 256 / 224), crop=size)
 
 
 def _export(

@@ -87,7 +87,7 @@ def test_another_kind_of_output_is_sent_to_its_command(tmp_path):
 
 def test_official_file_with_and_without_heads(backbone, tmp_path):
     save_official(backbone, tmp_path / "plain.pth")
-    head = ProjectionHead(192, 16, hidden=8, bottleneck=4)
+    head = ProjectionHead(128, 16, hidden=8, bottleneck=4)
     save_official(backbone, tmp_path / "teacher.pth", heads={"dino_head": head, "ibot_head": head})
     for name in ("plain", "teacher"):
         loaded = load_model(tmp_path / f"{name}.pth")
@@ -198,14 +198,14 @@ def test_folders_that_hold_no_model(tmp_path, exported):
     )
     config.write_text("{")
     assert refusal(exported).startswith(f"{config} cannot be read as JSON")
-    config.write_text(text.replace('"hidden_size": 192', '"hidden_size": "wide"'))
+    config.write_text(text.replace('"hidden_size": 128', '"hidden_size": "wide"'))
     assert refusal(exported).startswith(f"{config} does not describe a DINOv2 model (ValueError:")
     config.write_text(text.replace('"image_size": 64', '"image_size": 65'))
     assert refusal(exported) == f"{exported}: img_size 65 is not a multiple of the patch size 8: use 64 or 72"
     config.write_text(text.replace('"image_size": 64', '"image_size": 128'))
     assert refusal(exported) == (
-        f"{exported} does not fit this model of 21 weights; 1 of another shape: pos_embed [1, 65, 192] instead of "
-        "[1, 257, 192]"
+        f"{exported} does not fit this model of 21 weights; 1 of another shape: pos_embed [1, 65, 128] instead of "
+        "[1, 257, 128]"
     )
     config.write_text(text)
     (exported / "preprocessor_config.json").write_text('{"size": {"longest": 3}}')

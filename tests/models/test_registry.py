@@ -31,7 +31,7 @@ def test_every_listed_name_builds_and_is_recognised():
     for name in ARCHITECTURES:
         if not name.startswith("tiny"):
             assert name_of(build(name, device="meta")) == name
-    assert name_of(build("tiny", depth=2, device="meta")) == "vit-d192-l2-h3-p8"
+    assert name_of(build("tiny", depth=2, device="meta")) == "vit-d128-l2-h2-p8"
 
 
 def test_weights_depend_on_the_seed_alone():

@@ -1,5 +1,6 @@
 """What the demo's report shows, gathered from the directories the demo's steps left."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from dinov2cli.artifacts.results import read_predictions, read_results
 from dinov2cli.data.decode import decode_image, resize_center_crop
+from dinov2cli.data.demo_photos import PlantedCopy
 from dinov2cli.data.source import ImageSource
 from dinov2cli.evaluation.intervals import paired_difference
 from dinov2cli.models.load import LoadedModel
@@ -39,11 +41,12 @@ def compare_results(before: Path, after: Path, *, name: str, metric: str, seed: 
 def neighbour_rows(
     predictions: pa.Table, train: ImageSource, test: ImageSource, *, queries: int = _SHOWN
 ) -> list[tuple[np.ndarray, str, list[Neighbour]]]:
-    """A spread of test images, each with its nearest training images, for `knn_neighbours`."""
+    """Test images of different classes, each with its nearest training images, for `knn_neighbours`."""
     train_row = {name: row for row, name in enumerate(train.ids)}
     test_row = {name: row for row, name in enumerate(test.ids)}
     found = []
-    for record in predictions.take(pa.array(spread(range(predictions.num_rows), queries))).to_pylist():
+    first_of_class = sorted({label: i for i, label in reversed(list(enumerate(_labels(predictions))))}.values())
+    for record in predictions.take(pa.array(spread(first_of_class, queries))).to_pylist():
         image = thumbnail(test, test_row[record["id"]])
         near = []
         columns = (record["neighbours"], record["neighbour_labels"], record["similarities"])
@@ -56,9 +59,21 @@ def neighbour_rows(
     return found
 
 
-def patch_tokens(loaded: LoadedModel, images: list[np.ndarray]) -> np.ndarray:
-    """Patch tokens [M, h, w, D] of some images, prepared as the model expects."""
-    prepared = loaded.preprocess
+def _labels(predictions: pa.Table) -> list[str]:
+    return predictions.column("label").to_pylist()
+
+
+def planted_copies_found(dropped: pa.Table, truth: Sequence[PlantedCopy]) -> tuple[int, int, int]:
+    """How many planted copies dedup found, how many there are, and how many images went that are no planted copy."""
+    gone = dict(zip(dropped.column("id").to_pylist(), dropped.column("group").to_pylist(), strict=True))
+    of_pair = {name: pair for pair in truth for name in (pair.copy_id, pair.original_id)}
+    found = {of_pair[name].copy_id for name in gone if name in of_pair}
+    return len(found), len(truth), sum(name not in of_pair for name in gone)
+
+
+def patch_tokens(loaded: LoadedModel, images: list[np.ndarray], *, zoom: int = 2) -> np.ndarray:
+    """Patch tokens [M, h, w, D] of some images, at `zoom` times the model's own size for a finer map."""
+    prepared = loaded.preprocess.with_crop(loaded.preprocess.crop * zoom, loaded.backbone.patch_size)
     crops = torch.stack([resize_center_crop(image, prepared.resize, prepared.crop) for image in images])
     with torch.inference_mode():
         tokens = loaded.backbone(prepared.normalize(crops)).patches

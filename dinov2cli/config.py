@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 class CommonConfig(Section):
-    """Keys of every command. `workers` and `device` never change a result, so they are no part of its identity."""
+    """Keys of every command. What never changes a result is no part of its identity (see `identity`)."""
 
     seed: CountOrZero = 0
     workers: CountOrZero | None = None
@@ -30,7 +30,8 @@ class CommonConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Return the resolved settings that shape the result, as plain JSON values."""
-        return self.model_dump(mode="json", exclude={"workers", "device", "log", "checkpoint"})
+        never = {"workers": True, "device": True, "log": True, "checkpoint": True, "max_bad_fraction": True}
+        return self.model_dump(mode="json", exclude={**never, "data": {"max_bad_fraction"}})
 
 
 class EmbedConfig(CommonConfig):

@@ -29,7 +29,7 @@ embeddings=$(dinov2 embed "$unique" -m tiny --pool mean -o "$OUT/embeddings")
 curated=$(dinov2 curate "$embeddings" --target-size "$KEEP" -o "$OUT/curated")
 
 # Train without labels.
-run=$(dinov2 pretrain "$curated" --config "$RECIPE" -o "$OUT/run" "${extra[@]}")
+run=$(dinov2 pretrain "$curated" --config "$RECIPE" -o "$OUT/run" ${extra[@]+"${extra[@]}"})
 
 # Measure the frozen features.
 dinov2 eval knn "$run" --train "$TRAIN" --test "$TEST" -o "$OUT/knn"

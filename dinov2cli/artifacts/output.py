@@ -194,12 +194,13 @@ def inspect_output(path: Path | str, fresh: Manifest, *, overwrite: bool = False
         )
     try:
         old = manifests.read_manifest(path)
-    except InputError:
-        if overwrite:
-            return None
-        raise
+    except InputError as error:  # a manifest.json of something else, perhaps: never delete what may not be ours
+        raise UserError(f"-o {path}: {error}; choose another place (--overwrite does not touch this one)") from None
     if overwrite:
+        _refuse_own_inputs(path, fresh)
         return None
+    if not old.complete and all(child.name in (_LOCK, manifests.FILE_NAME) for child in path.iterdir()):
+        return None  # stopped before its first file: nothing to lose, whatever its settings were
     if old.kind != fresh.kind:
         raise UserError(
             f"-o {path} holds {manifests.describe_kind(old.kind)}; choose another directory, "
@@ -212,6 +213,17 @@ def inspect_output(path: Path | str, fresh: Manifest, *, overwrite: bool = False
             "or start over with --overwrite"
         )
     return old
+
+
+def _refuse_own_inputs(path: Path, fresh: Manifest) -> None:
+    here = path.resolve()
+    for entry in fresh.inputs:
+        text = str(entry.get("spec", ""))
+        place = Path(text if Path(text).exists() else text.partition("?")[0])
+        if place.exists() and (place.resolve() == here or here in place.resolve().parents):
+            raise UserError(
+                f"-o {path} holds the input {text}, which --overwrite would delete first; choose another place"
+            )
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -238,6 +250,8 @@ def _input_changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list
 
 def _files_whole(path: Path, manifest: Manifest) -> bool:
     for name, entry in manifest.files.items():
+        if "checkpoints/" in name:
+            continue  # they serve to continue; whoever deletes those of a finished run saves disk
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["size"]:
             return False

@@ -80,14 +80,15 @@ def run_curate(
     """Curate into one selection directory; also what the demo calls."""
     from dinov2cli.artifacts.selection import write_selection
     from dinov2cli.cli.frame import check_output, open_output, result_fields
-    from dinov2cli.cli.selecting import with_vectors
+    from dinov2cli.cli.selecting import embedding_model, with_vectors
     from dinov2cli.curation.collection import open_collection
     from dinov2cli.report.selection import curate_report
 
     mode = _mode(config, query)
     collection = open_collection(data)
-    queries = [open_collection(name) for name in query]
+    queries = [open_collection(options.from_stdin(name)) for name in query]
     inputs = [c.fingerprint for c in (collection, *queries)]
+    inputs += embedding_model(config, [collection, *queries])
     identity = {**config.identity(), "mode": mode}
     if dry_run:
         state = check_output(path, "selection", config=identity, inputs=inputs, overwrite=overwrite)
@@ -111,6 +112,11 @@ def run_curate(
             with_vectors(c, config, talk, path / f"query_embeddings_{i}", like=collection)
             for i, c in enumerate(queries)
         ]
+        if mode == "balanced" and config.target_size is not None and config.target_size > collection.rows:
+            talk.warn(
+                f"the pool holds {collection.rows:,} images, --target-size asks for {config.target_size:,}: all are kept"
+            )
+            config = config.model_copy(update={"target_size": collection.rows})
         found = _choose(mode, collection, queries, config)
         html = curate_report(found, collection.images(), title=f"Images chosen from {data}")
         manifest = write_selection(

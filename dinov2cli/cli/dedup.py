@@ -81,15 +81,16 @@ def run_dedup(
     """Deduplicate into one selection directory; also what the demo calls."""
     from dinov2cli.artifacts.selection import write_selection
     from dinov2cli.cli.frame import check_output, open_output, result_fields
-    from dinov2cli.cli.selecting import with_vectors
+    from dinov2cli.cli.selecting import embedding_model, with_vectors
     from dinov2cli.curation import dedup as core
     from dinov2cli.curation.collection import open_collection
     from dinov2cli.report.selection import dedup_report
 
     collection = open_collection(data)
-    reference = open_collection(against) if against else None
+    reference = open_collection(options.from_stdin(against)) if against else None
     tiers = _tiers(config, collection, talk)
     inputs = [c.fingerprint for c in (collection, reference) if c is not None]
+    inputs += embedding_model(config, [collection, reference] if "embedding" in tiers else [])
     identity = {**config.identity(), "tiers": tiers}
     if dry_run:
         state = check_output(path, "selection", config=identity, inputs=inputs, overwrite=overwrite)

@@ -81,7 +81,7 @@ def run_embed(
     overwrite: bool = False,
 ) -> None:
     """Embed into one directory; also what other commands call."""
-    from dinov2cli.cli.frame import check_output, model_input, open_output, result_fields
+    from dinov2cli.cli.frame import canonical_model, check_output, model_input, open_output, result_fields
     from dinov2cli.data.source import open_source
     from dinov2cli.errors import UserError
     from dinov2cli.models.load import load_model
@@ -90,6 +90,8 @@ def run_embed(
         raise UserError(
             "embed needs a model; give -m MODEL: a run, a Hugging Face directory or name, a .pth, or vits14"
         )
+    config = config.model_copy(update={"model": canonical_model(config.model)})
+    assert config.model is not None
     source = open_source(data)
     loaded = load_model(config.model, img_size=config.image_size, seed=config.seed)
     inputs = [source.fingerprint(), model_input(config.model, loaded.fingerprint)]

@@ -109,12 +109,13 @@ def run_eval(
     from dataclasses import asdict
 
     from dinov2cli.artifacts.results import write_results
-    from dinov2cli.cli.frame import check_output, model_input, open_output, result_fields
+    from dinov2cli.cli.frame import canonical_model, check_output, model_input, open_output, result_fields
     from dinov2cli.data.source import open_source
     from dinov2cli.models.load import load_model
     from dinov2cli.report.results import results_report
 
-    sources = [open_source(options.from_stdin(spec)) for spec in (train, test)]
+    model = canonical_model(options.from_stdin(model))
+    sources = [open_source(spec) for spec in (train, test)]
     loaded = load_model(model, img_size=config.image_size, seed=config.seed)
     inputs = [*(s.fingerprint() for s in sources), model_input(model, loaded.fingerprint)]
     identity = {"task": task, **config.identity()}
@@ -144,7 +145,12 @@ def run_eval(
 def _knn(loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig", talk: "Talk") -> "Outcome":
     from dinov2cli.evaluation.tasks import knn as task
 
-    train, test = (_features(loaded, source, config, talk, pool=config.pool) for source in sources)
+    train = _features(loaded, sources[0], config, talk, pool=config.pool)
+    if _same_images(sources):
+        talk.warn("train and test are the same images: each is left out of its own neighbours")
+        test = None
+    else:
+        test = _features(loaded, sources[1], config, talk, pool=config.pool)
     return task(
         train,
         test,
@@ -159,6 +165,8 @@ def _knn(loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig
 def _linear(loaded: "LoadedModel", sources: "list[ImageSource]", config: "LinearConfig", talk: "Talk") -> "Outcome":
     from dinov2cli.evaluation.tasks import linear as task
 
+    if _same_images(sources):
+        talk.warn("train and test are the same images: the figures say how well they are remembered, not recognised")
     last = max(config.blocks)
     train, test = (_features(loaded, source, config, talk, last_blocks=last) for source in sources)
     talk.say("training the grid of linear heads on cached features")
@@ -175,6 +183,11 @@ def _linear(loaded: "LoadedModel", sources: "list[ImageSource]", config: "Linear
         train_spec=sources[0].spec,
         test_spec=sources[1].spec,
     )
+
+
+def _same_images(sources: "list[ImageSource]") -> bool:
+    train, test = sources
+    return len(train) == len(test) and train.content_hash() == test.content_hash() and train.ids == test.ids
 
 
 _BENCHMARKS: dict[str, Callable[..., "Outcome"]] = {"knn": _knn, "linear": _linear}

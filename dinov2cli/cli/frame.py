@@ -37,7 +37,7 @@ def open_output(
     if out.done:
         out.close()
         talk.say(f"{path}: already done, nothing to do (--overwrite does it again)")
-        talk.result(path, **result_fields(out.manifest), already_done=True)
+        talk.result(path, **result_fields(out.manifest), **_stored_results(path, kind), already_done=True)
         return None
     if out.resumed:
         talk.say(f"{path}: continuing where an earlier run stopped")
@@ -55,9 +55,26 @@ def check_output(
     return "already done" if old.complete else "continued"
 
 
+def canonical_model(spec: str) -> str:
+    """Return a MODEL that means the same from any directory and however it was spelled: paths made absolute."""
+    path = Path(spec).expanduser()
+    return str(path.resolve()) if path.exists() else spec
+
+
 def model_input(spec: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """Return the entry of a model among a manifest's inputs; where its file lies is left out, so that it may move."""
     return {"spec": spec, "kind": "model", **{key: value for key, value in fingerprint.items() if key != "file"}}
+
+
+def _stored_results(path: Path, kind: str) -> dict[str, Any]:
+    """Return the rows of an evaluation that is done already, for `--json`."""
+    if kind != "results":
+        return {}
+    from dataclasses import asdict
+
+    from dinov2cli.artifacts.results import read_results
+
+    return {"results": [asdict(row) for row in read_results(path)]}
 
 
 def result_fields(manifest: Manifest) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _preempt)
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="dinov2", standalone_mode=True)
-    except SystemExit as stop:  # Typer turns Ctrl-C into a silent exit 130
+    except SystemExit as stop:  # Typer turns Ctrl-C into a silent exit 130, and a reader that has gone into exit 1
+        if isinstance(stop.__context__, BrokenPipeError):
+            return _reader_gone()
         if stop.code == 130:
             return _fail(_INTERRUPTED, 130)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
@@ -77,11 +79,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, 130)
-    except BrokenPipeError:  # the reader of our stdout has gone, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return _reader_gone()
     except Exception as error:
         return _unexpected(error)
+    return 0
+
+
+def _reader_gone() -> int:
+    """Whoever read our stdout has enough, as in `| head -1`: nothing failed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -79,6 +79,7 @@ def train_run(
     from dinov2cli.data.source import open_source
     from dinov2cli.recipe import to_yaml
     from dinov2cli.report.run import run_report
+    from dinov2cli.train.checkpoint import steps_done
     from dinov2cli.train.loop import train
 
     source = open_source(data)
@@ -96,8 +97,8 @@ def train_run(
         out.write_text("config.yaml", to_yaml(config))
         total = parts["length"].total
         _announce(talk, config, source, parts)
-        with talk.progress("pretrain", total, "steps") as advance:
-            seen = 0
+        seen = steps_done(path / "checkpoints")
+        with talk.progress("pretrain", total and total - seen, "steps") as advance:
 
             def on_metrics(line: Any, _total: int) -> None:
                 nonlocal seen

@@ -2,12 +2,25 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import CurateConfig, DedupConfig
     from dinov2cli.curation.collection import Collection
+
+
+def embedding_model(
+    config: "DedupConfig | CurateConfig", collections: "list[Collection | None]"
+) -> list[dict[str, Any]]:
+    """The manifest's entry of the model of `-m` where a collection needs it; a bad model fails here, early."""
+    from dinov2cli.cli.frame import canonical_model, model_input
+    from dinov2cli.models.load import load_model
+
+    if config.model is None or all(c is None or c.vectors is not None for c in collections):
+        return []
+    spec = canonical_model(config.model)
+    return [model_input(spec, load_model(spec, seed=config.seed).fingerprint)]
 
 
 def with_vectors(
@@ -60,4 +73,4 @@ def _made_by(collection: "Collection") -> str:
     manifest = collection.embeddings.manifest
     weights = next((entry for entry in manifest.inputs if entry.get("kind") == "model"), {})
     named = {key: value for key, value in weights.items() if key not in ("spec", "kind", "file")}
-    return f"{weights.get('spec', manifest.config.get('model'))} ({manifest.config.get('pool')}, {named})"
+    return f"{named or weights.get('spec')} with pool {manifest.config.get('pool')}"

@@ -87,7 +87,8 @@ def _embeddings_behind(manifest: Manifest) -> Embeddings | None:
     first = manifest.inputs[0] if manifest.inputs else {}
     path = str(first.get("spec", ""))
     if first.get("kind") == "embeddings":
-        return open_embeddings(path)
+        # Moved away since, the images behind the selection still open.
+        return open_embeddings(path) if has_manifest(path) else None
     if first.get("kind") == "selection" and has_manifest(path):
         return _embeddings_behind(read_manifest(path))
     return None

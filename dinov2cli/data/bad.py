@@ -64,5 +64,5 @@ class BadImages:
             raise InputError(f"none of the {total} images can be read: {first}; give another set or repair it")
         raise InputError(
             f"{self.count} of {total} images cannot be read, the limit is {self.max_fraction:.1%}: {first}; "
-            "repair or remove them, or raise max_bad_fraction"
+            "repair or remove them, or raise max_bad_fraction with --set (data.max_bad_fraction for pretrain)"
         )

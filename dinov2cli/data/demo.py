@@ -137,7 +137,7 @@ def open_demo(spec: DataSpec) -> ImageSource:
     train = split == "train"
     tiles = plan_tiles(
         split,
-        count=int(_number(spec, "count", 2000 if train else 500, 1, 1_000_000)),
+        count=int(_number(spec, "count", 2000 if train else 500, 40, 1_000_000)),
         size=int(_number(spec, "size", 64, 16, 512)),
         seed=int(_number(spec, "seed", 0, 0, 2**31)),
         copies=_number(spec, "copies", 0.1 if train else 0.0, 0, 0.5),

@@ -39,10 +39,9 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 # What a directory of another kind is good for, for the user who gave it as DATA.
 _NOT_IMAGES = {
-    "run": "a run directory (made by `dinov2 pretrain` or `distill`), it holds a model and no images: use it as MODEL, "
+    "run": "a run directory (made by `dinov2 pretrain`), it holds a model and no images: use it as MODEL, "
     "as in `dinov2 embed DATA -m {path} -o OUT`",
-    "results": "a results directory (made by `dinov2 eval` or `fairness`), it holds figures and no images: "
-    "read it with `dinov2 eval compare {path}`",
+    "results": "a results directory (made by `dinov2 eval`), it holds figures and no images: read {path}/report.html",
     "demo": "the output of `dinov2 demo`, it holds the results of several commands: give one of the directories in it",
 }
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -48,6 +48,8 @@ class OnlineKnn:
         rng = np.random.Generator(np.random.Philox(key=[seed, 0x0A11]))
         rows = np.sort(rng.permutation(np.flatnonzero(labels >= 0))[:sample])
         read = [(int(labels[row]), image) for row in rows if (image := self._read(source, int(row))) is not None]
+        if len(read) < 2:
+            raise InputError(f"{source.spec}: fewer than two of {len(rows)} images can be read, k-NN needs more")
         self._labels = np.unique([label for label, _ in read], return_inverse=True)[1]
         self._images = torch.stack([image for _, image in read])
 

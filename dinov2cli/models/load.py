@@ -32,7 +32,7 @@ _HF_TYPES = ("dinov2", "dinov2_with_registers")
 _HUB_NAME = re.compile(r"(?:hf:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _WEIGHT_FILES = (".pth", ".pt", ".safetensors")
 T = TypeVar("T")
-_ELSEWHERE = {"sscd": "dinov2 dedup", "onnx": "dinov2 dedup", "transformers": "dinov2 eval and fairness"}
+_NOT_YET = ("sscd", "onnx", "transformers")
 
 
 @dataclass
@@ -193,8 +193,8 @@ def _load_file(path: Path) -> LoadedModel:
 def _load_hub(spec: str, path: Path) -> LoadedModel:
     """A model on the hub, by `owner/name` or `owner/name@revision`; else the error for an unknown MODEL."""
     scheme = spec.partition(":")[0]
-    if scheme in _ELSEWHERE and ":" in spec:
-        raise InputError(f"model {spec!r}: {scheme}: models are taken by {_ELSEWHERE[scheme]} only")
+    if scheme in _NOT_YET and ":" in spec:
+        raise InputError(f"model {spec!r}: this version does not open {scheme}: models; give a run or a .pth")
     match = _HUB_NAME.fullmatch(spec)
     # A name below an existing folder, or ending as a weights file, is a mistyped path rather than a hub name.
     if match is None or (path.parent != Path(".") and path.parent.is_dir()) or path.suffix in _WEIGHT_FILES:

@@ -46,6 +46,12 @@ def latest_checkpoint(root: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def steps_done(root: Path) -> int:
+    """Steps of the newest complete checkpoint; 0 without any."""
+    found = list_checkpoints(root)
+    return found[-1][0] if found else 0
+
+
 def rng_state(device: torch.device) -> dict[str, str]:
     """State of torch's global generators (CPU and, on a GPU, that device's), as base64 text for JSON."""
     states = {"cpu": torch.get_rng_state()}

@@ -23,6 +23,11 @@ def opened(path: Path, **changes) -> Output:
     return Output.open(path, "embeddings", **(arguments | changes))
 
 
+def begun(path: Path) -> None:
+    with opened(path) as out:
+        out.write_text("part-0", "kept")
+
+
 def test_finished_output_is_found_done(tmp_path):
     with opened(tmp_path / "out") as out:
         out.write_text("sub/x.txt", "hello")
@@ -62,7 +67,7 @@ def test_lost_file_of_a_finished_output_makes_it_unfinished(tmp_path):
 
 
 def test_other_settings_are_refused_and_listed(tmp_path):
-    opened(tmp_path / "out").close()
+    begun(tmp_path / "out")
     with pytest.raises(UserError, match=r"made with other settings: a\.b: 1 → 2; c: absent → 3; choose another"):
         opened(tmp_path / "out", config={"a": {"b": 2}, "c": 3})
 
@@ -76,7 +81,7 @@ def test_other_settings_are_refused_and_listed(tmp_path):
     ],
 )
 def test_other_inputs_are_refused(tmp_path, inputs, text):
-    opened(tmp_path / "out").close()
+    begun(tmp_path / "out")
     with pytest.raises(UserError, match=text):
         opened(tmp_path / "out", inputs=inputs)
 
@@ -97,6 +102,41 @@ def test_files_of_others_are_never_deleted(tmp_path):
         with pytest.raises(UserError, match=r"holds 1 file\(s\) that dinov2 did not write"):
             opened(tmp_path, overwrite=overwrite)
     assert (tmp_path / "photo.jpg").read_text() == "precious"
+
+
+def test_somebody_elses_manifest_is_never_deleted(tmp_path):
+    (tmp_path / FILE_NAME).write_text('{"name": "my app"}')
+    (tmp_path / "thesis.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="--overwrite does not touch this one"):
+            opened(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_overwrite_never_deletes_its_own_input(tmp_path):
+    with opened(tmp_path / "s", inputs=[]) as out:
+        out.write_text("kept", "1")
+        out.finish()
+    for spec in (tmp_path / "s", tmp_path / "s" / "kept", f"{tmp_path / 's'}?label=folder"):
+        with pytest.raises(UserError, match=r"holds the input .*, which --overwrite would delete first"):
+            opened(tmp_path / "s", inputs=[{"spec": str(spec)}], overwrite=True)
+    assert (tmp_path / "s" / "kept").exists()
+
+
+def test_a_place_where_nothing_was_written_yet_is_free_for_other_settings(tmp_path):
+    opened(tmp_path / "out").close()
+    assert not opened(tmp_path / "out", config={"a": {"b": 2}}).resumed
+
+
+def test_finished_run_without_its_checkpoints_stays_finished(tmp_path):
+    with opened(tmp_path / "out") as out:
+        out.write_text("checkpoints/step_1/x", "1")
+        out.write_text("export/x", "1")
+        out.finish()
+    (tmp_path / "out" / "checkpoints" / "step_1" / "x").unlink()
+    assert opened(tmp_path / "out").done
+    (tmp_path / "out" / "export" / "x").unlink()
+    assert not opened(tmp_path / "out").done
 
 
 def test_file_and_unwritable_places_are_refused(tmp_path):

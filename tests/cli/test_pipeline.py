@@ -189,6 +189,73 @@ def test_eval_writes_rows_with_intervals(dinov2, trained, photos, tmp_path, task
     assert np.mean(answers.column("correct").to_pylist()) == pytest.approx(rows[0]["value"])
 
 
+def test_knn_on_its_own_training_images_leaves_each_out(dinov2, photos, tmp_path):
+    """An image must not vote for itself: on noise every k-NN would be right otherwise."""
+    data = f"{photos}?label=folder"
+    done = dinov2("eval", "knn", "tiny", "--train", data, "--test", data, "-o", tmp_path / "r", "--k", "1", "--json")
+    assert "each is left out of its own neighbours" in done.err
+    answers = pq.read_table(tmp_path / "r" / "predictions.parquet").to_pylist()
+    assert all(answer["id"] not in answer["neighbours"] for answer in answers)
+    again = dinov2("eval", "knn", "tiny", "--train", data, "--test", data, "-o", tmp_path / "r", "--k", "1", "--json")
+    assert again.json["already_done"]
+    assert again.json["results"] == done.json["results"]
+
+
+def test_a_model_is_the_same_however_it_is_spelled(dinov2, photos, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    assert dinov2("embed", photos, "-m", trained.name, "-o", tmp_path / "e", "--workers", "0").code == 0
+    again = dinov2("embed", photos, "-m", f"./{trained.name}/", "-o", tmp_path / "e", "--workers", "0")
+    assert "already done" in again.err
+    query = next(path for path in photos.iterdir() if path.is_dir())
+    monkeypatch.chdir(tmp_path)  # the model is found again from any directory
+    done = dinov2("curate", "e", "-o", "c", "--query", query, "--workers", "0")
+    assert done.code == 0, done.err
+
+
+def test_curating_with_another_model_is_not_already_done(dinov2, photos, trained, tmp_path):
+    arguments = ["curate", photos, "-o", tmp_path / "c", "--target-size", "20", "--workers", "0"]
+    assert dinov2(*arguments, "-m", "tiny").code == 0
+    other = dinov2(*arguments, "-m", trained)
+    assert other.code == 2
+    assert "was made with other settings" in other.err
+
+
+def test_too_large_a_target_keeps_all_and_says_so(dinov2, embeddings, tmp_path):
+    done = dinov2("curate", embeddings, "-o", tmp_path / "c", "--target-size", "5000", "--json")
+    assert done.code == 0, done.err
+    assert done.json["kept"] == 72
+    assert "the pool holds 72 images, --target-size asks for 5,000: all are kept" in done.err
+
+
+def test_selection_outlives_the_embeddings_it_was_made_from(dinov2, photos, tmp_path):
+    assert dinov2(*EMBED, photos, "-o", tmp_path / "e").code == 0
+    assert dinov2("curate", tmp_path / "e", "-o", tmp_path / "c", "--target-size", "30").code == 0
+    (tmp_path / "e").rename(tmp_path / "moved")
+    done = dinov2("dedup", tmp_path / "c", "-o", tmp_path / "d")
+    assert done.code == 0, done.err
+
+
+def test_raising_the_limit_of_bad_images_continues(dinov2, photos, tmp_path):
+    import shutil
+
+    shutil.copytree(photos, tmp_path / "photos")
+    for number in range(12):
+        (tmp_path / "photos" / f"zz{number:02d}.jpg").write_bytes(b"this is no image")
+    arguments = ["embed", tmp_path / "photos", "-m", "tiny", "-o", tmp_path / "e", "--workers", "0"]
+    arguments += ["--set", "shard_size=20", "--batch-size", "10"]
+    assert dinov2(*arguments).code == 3
+    done = dinov2(*arguments, "--set", "max_bad_fraction=0.5", "--json")
+    assert done.code == 0, done.err
+    assert "continuing where an earlier run stopped" in done.err
+    assert (done.json["rows"], done.json["unreadable"]) == (72, 12)
+
+
+def test_reader_that_leaves_early_is_no_error(embeddings):
+    script = f"{sys.executable} -m dinov2cli info {embeddings} --json | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "0"
+
+
 def test_continuing_from_the_weights_of_another_run(dinov2, trained, photos, tmp_path):
     done = dinov2("pretrain", photos, "-o", tmp_path / "r", *TINY, "--set", f"model.init_from={trained}", "--json")
     assert done.code == 0, done.err

@@ -119,7 +119,7 @@ def test_missing_shards_are_named(tmp_path):
     "kind, noun, cure",
     [
         ("run", "a run directory", "use it as MODEL, as in `dinov2 embed DATA -m"),
-        ("results", "a results directory", "`dinov2 eval compare"),
+        ("results", "a results directory", "report.html"),
         ("demo", "the output of `dinov2 demo`", "give one of the directories in it"),
     ],
 )

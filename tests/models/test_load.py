@@ -178,7 +178,7 @@ def test_unknown_models_are_answered_with_the_nearest_names(tmp_path, monkeypatc
     (tmp_path / "runs").mkdir()
     assert refusal("runs/first") == f"model 'runs/first' not found: {known}"  # a path, no hub name
     assert refusal("weights/file.pth") == f"model 'weights/file.pth' not found: {known}"
-    assert refusal("sscd:x.pt") == "model 'sscd:x.pt': sscd: models are taken by dinov2 dedup only"
+    assert refusal("sscd:x.pt") == "model 'sscd:x.pt': this version does not open sscd: models; give a run or a .pth"
 
 
 def test_folders_that_hold_no_model(tmp_path, exported):

@@ -78,7 +78,7 @@ def test_readme_names_real_commands_and_recipes(environment):
     for line in re.findall(r"^dinov2 .*$", "\n".join(blocks("")), flags=re.M):
         words = shlex.split(line.split("#")[0])
         assert run([words[1], "--help"]) == 0
-    assert set(re.findall(r"--config (\S+)", text)) <= set(recipe_names())
+    assert set(re.findall(r"--config ([\w-]+)", "\n".join(blocks("")))) <= set(recipe_names())
 
 
 def test_readme_figures_are_those_of_the_files():

@@ -113,9 +113,7 @@ def run_curate(
             for i, c in enumerate(queries)
         ]
         if mode == "balanced" and config.target_size is not None and config.target_size > collection.rows:
-            talk.warn(
-                f"the pool holds {collection.rows:,} images, --target-size asks for {config.target_size:,}: all are kept"
-            )
+            talk.warn(f"the pool holds {collection.rows:,} images, --target-size {config.target_size:,}: all are kept")
             config = config.model_copy(update={"target_size": collection.rows})
         found = _choose(mode, collection, queries, config)
         html = curate_report(found, collection.images(), title=f"Images chosen from {data}")

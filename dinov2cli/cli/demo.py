@@ -29,6 +29,7 @@ def demo(
     config: options.Config = "tiny-cpu",
     target_size: Annotated[int, typer.Option("--target-size", metavar="N", help=_TARGET)] = 1500,
     set_: options.Set = None,
+    dry_run: options.DryRun = False,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -49,16 +50,25 @@ def demo(
     flags = {"workers": workers, "device": device, "seed": seed}
     settings = load_config(PretrainConfig, recipe=config, sets=set_ or [], flags=flags)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
-    run_demo(out, settings, talk, target_size=target_size, overwrite=overwrite)
+    run_demo(out, settings, talk, target_size=target_size, dry_run=dry_run, overwrite=overwrite)
 
 
-def run_demo(path: Path, config: "PretrainConfig", talk: "Talk", *, target_size: int, overwrite: bool) -> None:
+def run_demo(
+    path: Path, config: "PretrainConfig", talk: "Talk", *, target_size: int, dry_run: bool, overwrite: bool
+) -> None:
     """Run the pipeline into one directory, each step in a directory of its own, which a rerun finds done."""
-    from dinov2cli.cli.frame import open_output, result_fields
+    from dinov2cli.cli.frame import check_output, open_output, result_fields
     from dinov2cli.data.source import open_source
 
     inputs = [open_source(spec).fingerprint() for spec in (TRAIN, TEST, DIGITS_TRAIN, DIGITS_TEST)]
     identity = {**config.identity(), "target_size": target_size}
+    if dry_run:
+        state = check_output(path, "demo", config=identity, inputs=inputs, overwrite=overwrite)
+        images = {str(entry["spec"]): entry["rows"] for entry in inputs}
+        steps = ["embed", "dedup", "curate", "pretrain", "eval before and after", "report.html"]
+        facts = {**images, "to keep": target_size, "training steps": config.train.steps or config.train.budget}
+        talk.plan("demo", {**facts, "steps": steps, "output": f"{path} ({state})"})
+        return
     out = open_output(talk, path, "demo", config=identity, seed=config.seed, inputs=inputs, overwrite=overwrite)
     if out is None:
         return

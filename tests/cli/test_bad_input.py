@@ -116,7 +116,10 @@ def test_models_that_are_none(dinov2, photos, tmp_path):
         (["curate", "IN", "-o", "OUT", "--target-size", "10"], "holds images without embeddings; give -m MODEL"),
         (["dedup", "IN", "-o", "OUT", "--tiers", "embedding"], "holds no embeddings; give -m MODEL"),
         (["dedup", "IN", "-o", "OUT", "--tiers", "exakt"], "should be 'exact', 'perceptual' or 'embedding'"),
-        (["embed", "IN", "-m", "tiny", "-o", "OUT", "--image-size", "30"], "image size 30"),
+        (
+            ["embed", "IN", "-m", "tiny", "-o", "OUT", "--image-size", "30"],
+            "30 is not a multiple of the patch size 8: use 24 or 32",
+        ),
         (["embed", "IN", "-m", "tiny", "-o", "OUT", "--device", "tpu"], "no such device"),
         (["pretrain", "IN", "-o", "OUT", "--config", "tiny-cpu", "--budget", "soon"], "train.budget"),
         (

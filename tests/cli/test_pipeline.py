@@ -224,7 +224,7 @@ def test_too_large_a_target_keeps_all_and_says_so(dinov2, embeddings, tmp_path):
     done = dinov2("curate", embeddings, "-o", tmp_path / "c", "--target-size", "5000", "--json")
     assert done.code == 0, done.err
     assert done.json["kept"] == 72
-    assert "the pool holds 72 images, --target-size asks for 5,000: all are kept" in done.err
+    assert "the pool holds 72 images, --target-size 5,000: all are kept" in done.err
 
 
 def test_selection_outlives_the_embeddings_it_was_made_from(dinov2, photos, tmp_path):

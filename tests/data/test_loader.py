@@ -89,7 +89,7 @@ def test_too_many_bad_images_stop_the_run(numbered):
     assert str(caught.value) == (
         "11 of 40 images cannot be read, the limit is 1.0%: 0020.png (not an image that can be read); "
         "0021.png (not an image that can be read); 0022.png (not an image that can be read); "
-        "repair or remove them, or raise max_bad_fraction"
+        "repair or remove them, or raise max_bad_fraction with --set (data.max_bad_fraction for pretrain)"
     )
 
 

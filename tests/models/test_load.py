@@ -92,7 +92,7 @@ def test_official_file_with_and_without_heads(backbone, tmp_path):
     for name in ("plain", "teacher"):
         loaded = load_model(tmp_path / f"{name}.pth")
         assert loaded.name == name and same_weights(backbone, loaded.backbone)
-        assert loaded.backbone.num_heads == 3
+        assert loaded.backbone.num_heads == 2
         assert (loaded.backbone.interpolate_offset, loaded.preprocess.crop) == (0.1, 64)
     released = build("vits14", depth=1, img_size=518)
     save_official(released, tmp_path / "released.pth")

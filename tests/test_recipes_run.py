@@ -74,7 +74,6 @@ def test_readme_names_real_commands_and_recipes(environment):
     from dinov2cli.cli.main import run
     from dinov2cli.recipe import recipe_names
 
-    text = (ROOT / "README.md").read_text()
     for line in re.findall(r"^dinov2 .*$", "\n".join(blocks("")), flags=re.M):
         words = shlex.split(line.split("#")[0])
         assert run([words[1], "--help"]) == 0

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dinov2cli.errors import InputError, UserError
+from dinov2cli.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config", bound=BaseModel)
@@ -23,7 +23,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """Return the file of a recipe given by name or by path; InputError with the nearest names when there is none."""
+    """Return the file of a recipe given by name or by path; UserError with the nearest names when there is none."""
     if name in recipe_names():
         return RECIPES / f"{name}.yaml"
     path = Path(name)
@@ -31,7 +31,7 @@ def recipe_path(name: str) -> Path:
         return path
     near = difflib.get_close_matches(name, recipe_names(), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(
+    raise UserError(
         f"--config {name} is neither a recipe nor a file; {hint}recipes: {', '.join(recipe_names())} "
         "(`dinov2 recipes ls`)"
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from dinov2cli.config import EmbedConfig, PretrainConfig
-from dinov2cli.errors import InputError, UserError
+from dinov2cli.errors import UserError
 from dinov2cli.recipe import dotted_keys, load_config, recipe_names, to_yaml
 
 
@@ -56,7 +56,7 @@ def test_values_that_contradict(sets, text):
 
 
 def test_missing_and_broken_recipes(tmp_path):
-    with pytest.raises(InputError, match=r"--config tiny-cpuu is neither a recipe nor a file; did you mean tiny-cpu\?"):
+    with pytest.raises(UserError, match=r"--config tiny-cpuu is neither a recipe nor a file; did you mean tiny-cpu\?"):
         load_config(PretrainConfig, recipe="tiny-cpuu")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1\nb: 2\n")

@@ -91,10 +91,10 @@ def run_demo(
 
 def _prepare(path: Path, config: "PretrainConfig", talk: "Talk", target_size: int) -> None:
     """The untrained model, its embeddings, and from them the images to train on."""
+    from dinov2cli.cli.assembly import initial_backbone, preprocess_of
     from dinov2cli.cli.curate import run_curate
     from dinov2cli.cli.dedup import run_dedup
     from dinov2cli.cli.embed import run_embed
-    from dinov2cli.cli.pretrain import initial_backbone, preprocess_of
     from dinov2cli.config import CurateConfig, DedupConfig, EmbedConfig
     from dinov2cli.models.export import save_hf
 

@@ -84,6 +84,10 @@ def test_readme_figures_are_those_of_the_files():
     """Figures of the benchmark table are read from the file beside it."""
     figures = json.loads((ROOT / "benchmarks" / "cpu.json").read_text())
     text = (ROOT / "README.md").read_text()
+    demo = json.loads((ROOT / "benchmarks" / "demo.json").read_text())
+    for name, found in demo["seeds"]["0"].items():
+        assert re.search(rf"{name} rose from {100 * found['before']:.1f} % .* to {100 * found['after']:.1f} %", text)
+    assert f"({demo['seconds']['0']} s in all)" in text
     for name, bench in figures["benches"].items():
         assert f"| `{name}` |" in text
         assert f"{bench['speedup']:.1f}×" in text

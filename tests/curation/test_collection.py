@@ -58,5 +58,5 @@ def test_selection_of_embeddings_made_again_is_refused(tmp_path):
     for file in sorted((tmp_path / "e").rglob("*"), reverse=True):
         file.unlink() if file.is_file() else file.rmdir()
     embeddings(tmp_path / "e", ["5", "4"])
-    with pytest.raises(InputError, match="1 of its 2 images are not in .*the embeddings were made again since"):
+    with pytest.raises(InputError, match=r"1 of its 2 images are not in .*the embeddings were made again since"):
         open_collection(str(tmp_path / "s"))

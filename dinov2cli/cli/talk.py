@@ -94,7 +94,7 @@ class _ProgressLines:
 
     def __init__(self, say: Callable[[str], None], label: str, total: int | None, unit: str) -> None:
         self._say, self._label, self._total, self._unit = say, label, total, unit
-        self._done, self._start = 0, time.monotonic()
+        self._done, self._told, self._start = 0, 0, time.monotonic()
         self._next = self._start + 10.0
 
     def advance(self, count: int) -> None:
@@ -104,10 +104,11 @@ class _ProgressLines:
             self._line()
 
     def close(self) -> None:
-        if self._done:
+        if self._done > self._told:
             self._line()
 
     def _line(self) -> None:
+        self._told = self._done
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = self._done / seconds
         text = f"{self._label}: {self._done:,}"

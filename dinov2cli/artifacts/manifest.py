@@ -54,6 +54,11 @@ class Manifest:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False, default=str) + "\n"
 
 
+def plain(value: Any) -> Any:
+    """Return a value as it comes back from JSON (tuples as lists, paths as text), so that it equals what was stored."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def config_hash(config: dict[str, Any]) -> str:
     """Return the sha256 of a resolved config, independent of key order."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()

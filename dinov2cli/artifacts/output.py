@@ -88,14 +88,14 @@ class Output:
         another process, holds something else, or holds the same kind made with other settings (listing the keys).
         """
         path = Path(path)
-        config = json.loads(json.dumps(config, default=str))
+        config = manifests.plain(config)
         fresh = Manifest(
             kind=kind,
             command=command,
             config=config,
             config_hash=manifests.config_hash(config),
             seed=seed,
-            inputs=json.loads(json.dumps(inputs or [], default=str)),
+            inputs=manifests.plain(inputs or []),
             environment=manifests.environment(),
         )
         old = inspect_output(path, fresh, overwrite=overwrite)
@@ -135,11 +135,6 @@ class Output:
 
         return self.write(name, lambda p: pq.write_table(table, p))
 
-    def checkpoint_manifest(self, **extra: Any) -> None:
-        """Store fields of `extra` in the unfinished manifest, for a later run that continues this one."""
-        self.manifest.extra.update(extra)
-        self._save()
-
     def finish(self, rows: int | None = None, **extra: Any) -> Manifest:
         """Record every file with size and sha256, mark the directory complete, and release it."""
         for file in sorted(self.path.rglob("*")):
@@ -148,7 +143,7 @@ class Output:
                 self._written[name] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
         self.manifest.rows = rows
         self.manifest.complete = True
-        self.manifest.extra.update(json.loads(json.dumps(extra, default=str)))
+        self.manifest.extra.update(manifests.plain(extra))
         self.manifest.files = dict(sorted(self._written.items()))
         self.manifest.seconds = round(self.manifest.seconds + time.monotonic() - self._started, 3)
         self._save()

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dinov2cli.artifacts.manifest import Manifest, config_hash
+from dinov2cli.artifacts.manifest import Manifest, config_hash, plain
 from dinov2cli.artifacts.output import Output, inspect_output
 from dinov2cli.cli.talk import Talk
 
@@ -48,10 +48,10 @@ def check_output(
     path: Path, kind: str, *, config: dict[str, Any], inputs: list[dict[str, Any]], overwrite: bool
 ) -> str:
     """For a dry run: refuse what `open_output` would refuse, without writing; return what would happen at `path`."""
-    fresh = Manifest(kind=kind, config=_plain(config), config_hash=config_hash(config), inputs=_plain(inputs))
+    fresh = Manifest(kind=kind, config=plain(config), config_hash=config_hash(config), inputs=plain(inputs))
     old = inspect_output(path, fresh, overwrite=overwrite)
     if old is None:
-        return "new" if not path.exists() else "replaced" if overwrite else "new"
+        return "replaced" if overwrite and path.exists() else "new"
     return "already done" if old.complete else "continued"
 
 
@@ -80,9 +80,3 @@ def _stored_results(path: Path, kind: str) -> dict[str, Any]:
 def result_fields(manifest: Manifest) -> dict[str, Any]:
     """Return the fields of a manifest that `--json` prints."""
     return {"kind": manifest.kind, "rows": manifest.rows, "seconds": manifest.seconds, **manifest.extra}
-
-
-def _plain(value: Any) -> Any:
-    import json
-
-    return json.loads(json.dumps(value, default=str))

@@ -15,9 +15,9 @@ from dinov2cli.data.bad import BadImage, BadImages
 from dinov2cli.data.crop_loader import CropLoader
 from dinov2cli.data.decode import MAX_PIXELS, decode_image, resize_center_crop
 from dinov2cli.data.source import ImageSource
-from dinov2cli.data.workers import default_workers, worker_loader
+from dinov2cli.data.workers import worker_loader
 
-__all__ = ["Batch", "CropLoader", "default_workers", "iterate_images"]
+__all__ = ["Batch", "CropLoader", "iterate_images"]
 
 
 @dataclass

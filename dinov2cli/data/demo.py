@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import io
 import os
+from abc import abstractmethod
 from functools import cached_property
 
 import numpy as np
@@ -27,8 +28,8 @@ class DemoSource(ImageSource):
         self.split = split
         self._made: dict[int, bytes] = {}
 
-    def _make(self, row: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _make(self, row: int) -> bytes: ...
 
     def read(self, row: int, role: str = "image") -> bytes:
         del role

@@ -6,6 +6,7 @@ pickles (for loader workers), leaving behind the lists that only the main proces
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from dinov2cli.errors import InputError
 PIXEL_ROLES = ("image", "mask", "depth")
 
 
-class ImageSource:
+class ImageSource(ABC):
     """Base of every source. Subclasses give `__len__`, `read`, `ids`, `paths` and what else they know.
 
     spec: the DATA string that opens this source again from any directory.
@@ -31,26 +32,26 @@ class ImageSource:
         self.kind = kind
         self._options = dict(spec.options)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, row: int, role: str = "image") -> bytes:
         """Bytes of the image file of one row; `role` may also be 'mask' or 'depth' where `has_role` says so.
 
         Raises:
             BadImage: the file is missing, unreadable or empty.
         """
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def ids(self) -> list[str]:
         """Unique stable names of the rows."""
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def paths(self) -> list[str]:
         """Where each image is, for people to read (`image_path` in outputs)."""
-        raise NotImplementedError
 
     def name(self, row: int) -> str:
         """Id of one row without building the list of all; used in messages from workers."""
@@ -105,9 +106,9 @@ class ImageSource:
         """(DATA string, row) of the image where it really lies; for a selection that is the source behind it."""
         return self.spec, row
 
+    @abstractmethod
     def content_hash(self) -> str:
         """Hex digest that changes when the data change; cheap: reads names, sizes and times, not pixels."""
-        raise NotImplementedError
 
     def fingerprint(self) -> dict[str, Any]:
         """What a manifest records about an input: spec, kind, rows and hash."""

@@ -33,11 +33,6 @@ class Parallel:
         """Loss scaling for fp16, whose gradients underflow; passes everything through for bf16 and fp32."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-    @property
-    def is_main(self) -> bool:
-        """True on the rank that writes logs, JSON and the export."""
-        return self.rank == 0
-
 
 def setup(device: str = "auto", precision: str = "auto") -> Parallel:
     """Choose device and precision for this process.

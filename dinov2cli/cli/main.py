@@ -65,6 +65,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # Read when torch is first imported. OpenMP threads that spin long while they wait starve each other where other
     # processes share the cores: measured 2 to 15 times slower steps. This is a thirtieth of the default spin.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Large tensors in huge pages: a training step of ViT-S with 65,536 prototypes took 2.0 instead of 3.4 s.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _preempt)
     try:

@@ -65,7 +65,7 @@ class SoftmaxCenter(nn.Module):
         """
         targets = CenteredTargets(logits.detach(), temperature, self.center.clone(), valid)
         total = torch.zeros_like(self.center)
-        for start, stop in row_chunks(*logits.shape):
+        for start, stop in row_chunks(*logits.shape, logits.device):
             block = logits[start:stop].to(total.dtype)
             total += (block if valid is None else torch.where(valid[start:stop, None], block, 0)).sum(0)
         rows = logits.shape[0] if valid is None else valid.sum()

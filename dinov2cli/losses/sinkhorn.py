@@ -54,7 +54,7 @@ class SinkhornTargets:
     def materialize(self) -> Tensor:
         """All targets, [M, K] in float32 (float64 for float64 logits). For few rows only."""
         out = torch.empty(self.shape, dtype=self.row_scale.dtype, device=self.logits.device)
-        for start, stop in row_chunks(*self.shape):
+        for start, stop in row_chunks(*self.shape, self.logits.device):
             out[start:stop] = self.rows(start, stop)
         return out
 
@@ -108,7 +108,7 @@ def sinkhorn_targets(
 def _iterate(targets: SinkhornTargets, iterations: int, group: dist.ProcessGroup | None) -> None:
     """Update the scale vectors in place; reads the kernel once per iteration, plus once before."""
     u, v, valid = targets.column_scale, targets.row_scale, targets.valid
-    chunks = row_chunks(*targets.shape)
+    chunks = row_chunks(*targets.shape, targets.logits.device)
     rows = torch.full((), len(v), dtype=u.dtype, device=u.device) if valid is None else valid.sum().to(u.dtype)
     share = reduce_sum(rows, group) / len(u)
     kept = _kernel_rows(targets, *chunks[0]) if len(chunks) == 1 else None  # small enough: exponentiate once
@@ -131,14 +131,14 @@ def _shifts(logits: Tensor, valid: Tensor | None, group: dist.ProcessGroup | Non
     rows, columns = logits.shape
     dtype = compute_dtype(logits)
     column_shift = torch.full((columns,), -torch.inf, dtype=dtype, device=logits.device)
-    for start, stop in row_chunks(rows, columns):
+    for start, stop in row_chunks(rows, columns, logits.device):
         block = logits[start:stop].to(dtype)
         if valid is not None:
             block = torch.where(valid[start:stop, None], block, -torch.inf)
         torch.maximum(column_shift, block.amax(0), out=column_shift)
     reduce_max(column_shift, group)
     row_shift = torch.empty(rows, dtype=dtype, device=logits.device)
-    for start, stop in row_chunks(rows, columns):
+    for start, stop in row_chunks(rows, columns, logits.device):
         row_shift[start:stop] = (logits[start:stop].to(dtype) - column_shift).amax(1)
     if valid is not None:
         row_shift = torch.where(valid, row_shift, 0)
@@ -148,5 +148,5 @@ def _shifts(logits: Tensor, valid: Tensor | None, group: dist.ProcessGroup | Non
 def _kernel_rows(targets: SinkhornTargets, start: int, stop: int) -> Tensor:
     """exp((logits - c - r) / T) for a range of rows, padding rows zero."""
     kernel = targets.logits[start:stop].to(targets.row_scale.dtype) - targets.column_shift
-    kernel.sub_(targets.row_shift[start:stop, None]).div_(targets.temperature).exp_()
+    kernel.sub_(targets.row_shift[start:stop, None]).mul_(1 / targets.temperature).exp_()
     return kernel if targets.valid is None else torch.where(targets.valid[start:stop, None], kernel, 0)

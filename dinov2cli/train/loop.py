@@ -250,7 +250,7 @@ class Trainer:
         line |= batch_statistics(
             class_tokens=out.teacher_tokens.flatten(0, 1),
             student_tokens=out.student_tokens[0],
-            targets=out.targets.flatten(0, 1),
+            targets=out.targets.rows(0, out.targets.shape[0]),
         )
         if self.parallel.device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated(self.parallel.device) / 2**30

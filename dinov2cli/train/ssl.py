@@ -136,16 +136,6 @@ class SSLStep:
     targets: Tensor
 
 
-def prototype_logits(head: ProjectionHead, tokens: Tensor) -> Tensor:
-    """[n, D] tokens to logits [n, K], the last layer kept out of 16-bit autocast.
-
-    At temperature 0.04 a logit rounded to bf16 is off by a tenth of the softmax's scale; the rest of the head bears it.
-    """
-    unit = head.project(tokens)
-    with torch.autocast(device_type=tokens.device.type, enabled=False):
-        return head.last_layer(unit.to(head.last_layer.weight_v.dtype))
-
-
 @torch.no_grad()
 def teacher_targets(
     model: SSLModel,
@@ -155,23 +145,87 @@ def teacher_targets(
     temperature: float,
     iterations: int,
     group: torch.distributed.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor, RowTargets]:
-    """Class tokens [G, B, D], DINO targets [G, B, K], iBOT row targets [M, K] of the teacher, which sees crops whole.
+) -> tuple[Tensor, RowTargets, RowTargets]:
+    """Class tokens [G, B, D], DINO targets [G * B, K] and iBOT targets [M, K] of the teacher, which sees crops whole.
 
     global_crops [G, B, 3, S, S]; `indices` [M] into the [G * B * N] patches. Sinkhorn (or the centre) runs over the
     class tokens of all crops and ranks together, and over all masked patches together.
     """
     crops, batch = global_crops.shape[:2]
     tokens = model.teacher.backbone(global_crops.flatten(0, 1))
-    class_logits = prototype_logits(model.teacher.dino_head, tokens.cls)
-    patch_logits = prototype_logits(model.teacher.patch_head, tokens.patches.flatten(0, 1)[indices])
+    class_logits = model.teacher.dino_head(tokens.cls)
+    patch_logits = model.teacher.patch_head(tokens.patches.flatten(0, 1)[indices])
     if model.dino_center is not None and model.ibot_center is not None:
         dino = model.dino_center(class_logits, temperature, group=group)
         ibot = model.ibot_center(patch_logits, temperature, group=group)
     else:
         dino = sinkhorn_scalings(class_logits, temperature, iterations=iterations, group=group)
         ibot = sinkhorn_scalings(patch_logits, temperature, iterations=iterations, group=group)
-    return tokens.cls.unflatten(0, (crops, batch)), dino.materialize().unflatten(0, (crops, batch)), ibot
+    return tokens.cls.unflatten(0, (crops, batch)), dino, ibot
+
+
+@dataclass(frozen=True)
+class StudentViews:
+    """What the student says of one batch: class tokens [G, B, D] of its global crops and logits.
+
+    `global_logits` [G, B, K], `local_logits` [L, B, K] or None, `patch_logits` [M, K] at the masked patches.
+    """
+
+    class_tokens: Tensor
+    global_logits: Tensor
+    local_logits: Tensor | None
+    patch_logits: Tensor
+
+
+def student_views(
+    student: Network,
+    global_crops: Tensor,
+    local_crops: Tensor | None,
+    masks: Tensor,
+    indices: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> StudentViews:
+    """ONE packed pass of the student over all crops of all sizes, then its heads. Arguments as for `ssl_losses`."""
+    crops, batch = global_crops.shape[:2]
+    n_locals = 0 if local_crops is None else local_crops.shape[0]
+    views = [global_crops.flatten(0, 1)]
+    view_masks: list[Tensor | None] = [masks]
+    if local_crops is not None and n_locals:
+        views.append(local_crops.flatten(0, 1))
+        view_masks.append(None)
+    outputs = student.backbone.forward_crops(views, view_masks, generator=generator)
+    patches = outputs[0].patches.flatten(0, 1)[indices]
+    class_tokens = torch.cat([output.cls for output in outputs])
+    if student.ibot_head is None:
+        logits = student.dino_head(torch.cat([class_tokens, patches]))
+        class_logits, patch_logits = logits.split([len(class_tokens), len(patches)])
+    else:
+        class_logits, patch_logits = student.dino_head(class_tokens), student.ibot_head(patches)
+    # split, not two slices: the backward pass of a slice fills a zero tensor as large as the whole.
+    global_logits, local_logits = class_logits.split([crops * batch, n_locals * batch])
+    return StudentViews(
+        class_tokens=outputs[0].cls.unflatten(0, (crops, batch)),
+        global_logits=global_logits.unflatten(0, (crops, batch)),
+        local_logits=local_logits.unflatten(0, (n_locals, batch)) if n_locals else None,
+        patch_logits=patch_logits,
+    )
+
+
+def loss_terms(
+    views: StudentViews, objective: Objective, dino_targets: RowTargets, ibot_targets: RowTargets, weights: Tensor
+) -> dict[str, Tensor]:
+    """The weighted terms of the loss, by name; `weights` [M] of the masked patches (METHOD §8.4)."""
+    temperature = objective.student_temperature
+    dino = dino_loss(views.global_logits, views.local_logits, dino_targets, temperature=temperature)
+    n_crops = views.class_tokens.shape[0] * views.class_tokens.shape[1]
+    ibot = ibot_loss(views.patch_logits, ibot_targets, weights, n_crops, temperature=temperature)
+    return {
+        "dino_local": objective.dino_weight * dino.dino_local,
+        "dino_global": objective.dino_weight * dino.dino_global,
+        "ibot": objective.ibot_weight * ibot,
+        "koleo": objective.koleo_weight * koleo_loss(views.class_tokens),
+    }
 
 
 def ssl_losses(
@@ -191,7 +245,6 @@ def ssl_losses(
     the patches of the student's global crops that are hidden. `generator` drives stochastic depth. `group` joins the
     ranks in Sinkhorn; KoLeo stays with this rank's batch, as in the paper. Call it under autocast for 16 bit.
     """
-    crops, batch = global_crops.shape[:2]
     tokens = masked_tokens(masks)
     teacher_tokens, dino_targets, ibot_targets = teacher_targets(
         model,
@@ -201,43 +254,12 @@ def ssl_losses(
         iterations=objective.sinkhorn_iterations,
         group=group,
     )
-    student = model.student
-    views = [global_crops.flatten(0, 1)]
-    view_masks: list[Tensor | None] = [masks]
-    n_locals = 0 if local_crops is None else local_crops.shape[0]
-    if local_crops is not None and n_locals:
-        views.append(local_crops.flatten(0, 1))
-        view_masks.append(None)
-    outputs = student.backbone.forward_crops(views, view_masks, generator=generator)
-    global_tokens, patches = outputs[0].cls, outputs[0].patches.flatten(0, 1)[tokens.indices]
-    class_tokens = torch.cat([output.cls for output in outputs])
-    if student.ibot_head is None:
-        logits = prototype_logits(student.dino_head, torch.cat([class_tokens, patches]))
-        class_logits, patch_logits = logits.split([len(class_tokens), len(patches)])
-    else:
-        class_logits = prototype_logits(student.dino_head, class_tokens)
-        patch_logits = prototype_logits(student.ibot_head, patches)
-    by_crop = class_logits.unflatten(0, (crops + n_locals, batch))
-    dino = dino_loss(
-        by_crop[:crops],
-        by_crop[crops:] if n_locals else None,
-        dino_targets,
-        temperature=objective.student_temperature,
-    )
-    student_tokens = global_tokens.unflatten(0, (crops, batch))
-    ibot = ibot_loss(
-        patch_logits, ibot_targets, tokens.weights, crops * batch, temperature=objective.student_temperature
-    )
-    terms = {
-        "dino_local": objective.dino_weight * dino.dino_local,
-        "dino_global": objective.dino_weight * dino.dino_global,
-        "ibot": objective.ibot_weight * ibot,
-        "koleo": objective.koleo_weight * koleo_loss(student_tokens),
-    }
+    views = student_views(model.student, global_crops, local_crops, masks, tokens.indices, generator=generator)
+    terms = loss_terms(views, objective, dino_targets, ibot_targets, tokens.weights)
     return SSLStep(
         total=torch.stack(list(terms.values())).sum(),
         terms={name: term.detach() for name, term in terms.items()},
         teacher_tokens=teacher_tokens,
-        student_tokens=student_tokens.detach(),
+        student_tokens=views.class_tokens.detach(),
         targets=dino_targets,
     )

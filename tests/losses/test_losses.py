@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinov2cli.losses import cross_entropy as module
-from dinov2cli.losses.cross_entropy import soft_cross_entropy
+from dinov2cli.losses.cross_entropy import crops_cross_entropy, soft_cross_entropy
 from dinov2cli.losses.dino import dino_loss
 from dinov2cli.losses.ibot import ibot_loss
 from dinov2cli.losses.koleo import koleo_loss
@@ -136,6 +136,22 @@ class TestDino:
     def test_shapes_must_agree(self):
         with pytest.raises(ValueError, match=r"\[G >= 2, B, K\]"):
             dino_loss(normal(1, 4, 30), None, targets(1, 4, 30))
+        with pytest.raises(ValueError, match="teacher crops below 2"):
+            crops_cross_entropy(normal(1, 4, 30), targets(8, 30), 0.1, [[2]])
+
+    def test_targets_on_demand_in_pieces_equal_whole_ones(self, monkeypatch):
+        teacher = sinkhorn_scalings(normal(2 * 5, 40), 0.05)
+        g, loc = normal(2, 5, 40), normal(3, 5, 40, seed=2)
+        whole = dino_loss(g, loc, teacher.materialize().unflatten(0, (2, 5)))
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 80)
+        for a, b in zip(dino_loss(g, loc, teacher), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+
+    def test_autocast_does_not_reach_the_loss(self):
+        g, t = normal(2, 5, 40), targets(2, 5, 40)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = dino_loss(g, None, t).dino_global
+        assert torch.equal(inside, dino_loss(g, None, t).dino_global)
 
 
 class TestIbot:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2cli.errors import UserError
-from dinov2cli.models.blocks import add_residual, draw_kept, swiglu_hidden
+from dinov2cli.models.blocks import add_residual, attend, draw_kept, swiglu_hidden
 
 
 def reference(model, images, masks=None):
@@ -279,3 +279,17 @@ def test_wrong_numbers_are_explained(small, numbers, message):
     with pytest.raises(UserError) as caught:
         small(**numbers)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("tokens", [5, 50, 301])
+def test_short_16_bit_attention_on_a_cpu_equals_the_fused_kernel(tokens):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(3, 2, tokens, 16, generator=generator) for _ in range(4))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact)
+    expected.backward(g.double())
+    out = attend(*half)
+    out.backward(g.bfloat16())
+    for ours, theirs in zip([out, *(x.grad for x in half)], [expected, *(x.grad for x in exact)], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())

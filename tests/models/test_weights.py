@@ -99,7 +99,7 @@ def test_heads_of_a_training_checkpoint_in_all_three_forms():
         "last_layer.parametrizations.weight.original0": state["last_layer.weight_g"],
         "last_layer.parametrizations.weight.original1": state["last_layer.weight_v"],
     }
-    plain = mlp | {"last_layer.weight": head.last_layer.weight().detach()}
+    plain = mlp | {"last_layer.weight": head.last_layer(torch.eye(head.last_layer.weight_v.shape[1])).t().detach()}
     x = torch.randn(3, 8)
     for form in (state, new_style, plain):
         checkpoint = {"teacher": {f"dino_head.{key}": value for key, value in form.items()}}

@@ -135,6 +135,9 @@ class ModelSection(Section):
 
     arch: str = "vits14"
     patch_size: Count | None = None
+    embed_dim: Count | None = None
+    depth: Count | None = None
+    num_heads: Count | None = None
     registers: CountOrZero | None = None
     ffn: Literal["mlp", "swiglu"] | None = None
     layerscale: AmountOrZero | None = None
@@ -161,7 +164,7 @@ class LossSection(Section):
     dino_weight: AmountOrZero = 1.0
     ibot_weight: AmountOrZero = 1.0
     koleo_weight: AmountOrZero = 0.1
-    centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
+    centering: Literal["sinkhorn", "softmax", "none"] = "sinkhorn"
     sinkhorn_iterations: Count = 3
     student_temperature: Amount = 0.1
     teacher_temperature_start: Amount = 0.04
@@ -226,24 +229,56 @@ class TeacherSection(Section):
 
 
 class TrainSection(Section):
-    """Length of the run: `steps`, or a `budget` such as `100 epochs`, `20000 images`, `300 steps`."""
+    """Length of the run: `steps`, or a `budget` such as `100 epochs`, `20000 images`, `300 steps`, `30m`.
+
+    `accumulate` splits each batch into that many parts for memory's sake; Sinkhorn and KoLeo then see a part at a time.
+    After `max_bad_steps` skipped steps in a row (loss or gradient not finite) the run stops.
+    """
 
     steps: Count | None = None
     budget: str | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    accumulate: Count = 1
+    activation_checkpointing: bool = False
+    compile: bool = False
+    max_bad_steps: Count = 5
+
+
+class PhaseSection(Section):
+    """A further stretch of the run after `train`'s own, as the paper's last one at high resolution.
+
+    Its length is `steps` or `budget`; sizes and batch left out stay as before. Every schedule of the run is repeated,
+    compressed to this length, the learning rate times `lr_scale`.
+    """
+
+    steps: Count | None = None
+    budget: str | None = None
+    global_size: Count | None = None
+    local_size: Count | None = None
+    batch_size: Count | None = None
+    lr_scale: Amount = 0.1
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "PhaseSection":
+        if (self.steps is None) == (self.budget is None):
+            raise ValueError("steps or budget, expected one of them")
+        return self
 
 
 class CheckpointSection(Section):
-    """A checkpoint every `every` steps and at the end; the newest `keep` stay."""
+    """A checkpoint every `every` steps and at the end; the newest `keep` stay, and every multiple of `keep_every`."""
 
     every: Count = 1000
     keep: Count = 2
+    keep_every: CountOrZero = 0
 
 
 class LogSection(Section):
-    """A line of metrics.jsonl every `every` steps."""
+    """A line of metrics.jsonl every `every` steps; TensorBoard files when asked; pictures of crops and features."""
 
     every: Count = 10
+    tensorboard: bool = False
+    pictures: bool = True
 
 
 class EvalSection(Section):
@@ -268,6 +303,7 @@ class PretrainConfig(CommonConfig):
     optim: OptimSection = OptimSection()
     teacher: TeacherSection = TeacherSection()
     train: TrainSection = TrainSection()
+    phases: list[PhaseSection] = []
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     eval: EvalSection = EvalSection()

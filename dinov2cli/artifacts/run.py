@@ -6,6 +6,7 @@ The two text files survive kill -9: a line cut short is dropped when the run goe
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +14,17 @@ from pathlib import Path
 from dinov2cli.errors import WorkError
 
 METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+
+# "2026-05-01 12:00:00 step 120: what the monitor found"; other lines of the log tell of starts and stops.
+_FINDING = re.compile(r"\S+ \S+ (step \d+: .+)")
 
 
 class Journal:
     """The two text files of a run directory. `say` also receives every log line, for whoever shows progress."""
 
     def __init__(self, run: Path, say: Callable[[str], None] | None = None) -> None:
-        self.metrics_path, self.log_path = run / METRICS_FILE, run / "log.txt"
+        self.metrics_path, self.log_path = run / METRICS_FILE, run / LOG_FILE
         self._say = say
 
     def rewind(self, step: int) -> None:
@@ -64,6 +69,18 @@ def read_metrics(run: Path | str) -> list[dict]:
     """Lines of the metrics of a run directory, in order, less a last line cut short by a kill; [] without any."""
     path = Path(run) / METRICS_FILE
     return _read_lines(path) if path.is_file() else []
+
+
+def read_findings(run: Path | str) -> list[str]:
+    """What the monitor said in the log of a run directory, oldest first, as "step 120: …"; [] without any.
+
+    A resumed run may say a thing again; it is listed once.
+    """
+    path = Path(run) / LOG_FILE
+    if not path.is_file():
+        return []
+    found = map(_FINDING.fullmatch, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -1,33 +1,31 @@
-"""`dinov2 bench train`: one optimisation step, ours beside a plain one, in one process on this machine.
+"""`dinov2 bench train`: one optimisation step, its parts, and how it compares with a textbook step and the machine."""
 
-Plain means what a first implementation does: one forward per crop group, stochastic depth that computes every branch
-(drop rate 0 costs the same), float32 Sinkhorn that rewrites the whole matrix, log-softmax kept for the backward pass,
-one cross-entropy per pair of crops, AdamW and EMA one parameter at a time. The two compute the same loss.
-"""
-
-import multiprocessing
-import re
-import resource
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from dinov2cli.bench.peak import matmul_peak, resident_peak, run_in_child
+from dinov2cli.bench.textbook import ema, textbook_loss
+from dinov2cli.data.augment import Augment
+from dinov2cli.data.crops import MultiCrop
+from dinov2cli.data.loader import CropLoader
 from dinov2cli.data.masks import make_masks, masked_tokens
-from dinov2cli.losses.koleo import koleo_loss
+from dinov2cli.data.source import open_source
+from dinov2cli.data.workers import default_workers
+from dinov2cli.models.flops import step_flops
 from dinov2cli.models.registry import build
 from dinov2cli.train.ema import ema_update, pair_parameters
-from dinov2cli.train.optim import build_optimizer
-from dinov2cli.train.parallel import Parallel, setup
-from dinov2cli.train.ssl import Objective, SSLModel, build_ssl_model, ssl_losses
+from dinov2cli.train.optim import build_optimizer, clip_gradients
+from dinov2cli.train.parallel import setup
+from dinov2cli.train.ssl import Objective, build_ssl_model, loss_terms, student_views, teacher_targets
 
-TEMPERATURE, STUDENT_TEMPERATURE, LR, MOMENTUM = 0.05, 0.1, 1e-4, 0.99
+TEMPERATURE, LR, MOMENTUM, CLIP = 0.05, 1e-4, 0.99, 3.0
+PARTS = ("data wait", "augment", "teacher forward", "student forward", "losses", "backward", "optimizer", "ema")
 
 
 @dataclass(frozen=True)
@@ -47,197 +45,236 @@ class Case:
 
 
 def default_case(device: str, seed: int) -> Case:
-    """ViT-S/14 at the paper's crops on a GPU, a tiny one with small crops on a CPU; drop path 0.3 on both."""
+    """ViT-S/14 with 65,536 prototypes and drop path 0.3: the paper's crops on a GPU, small ones on a CPU."""
     chosen = setup(device)
     if chosen.device.type == "cuda":
         return Case("vits14", 64, 65536, 224, 98, 8, 0.3, chosen.precision, str(chosen.device), seed)
-    return Case("tiny", 8, 16384, 48, 24, 8, 0.3, chosen.precision, str(chosen.device), seed)
+    return Case("vits14", 16, 65536, 98, 42, 8, 0.3, chosen.precision, str(chosen.device), seed)
 
 
-def run(device: str = "auto", seed: int = 0, rounds: int = 3, case: Case | None = None) -> dict[str, Any]:
-    """Time both steps alternately and measure their peak memory.
+def run(
+    device: str = "auto", seed: int = 0, rounds: int = 3, case: Case | None = None, reference: bool = False
+) -> dict[str, Any]:
+    """Time the step on noise and part by part on real images; with `reference` beside the textbook step.
 
-    Returns `images_per_s`, `seconds` (per step), the same of the reference, `speedup` (reference over ours, best of
-    `rounds`), `memory_mib`, `memory_ratio` (ours over reference: allocated on a GPU, resident on a CPU, where each runs
-    in a process of its own) and `loss_difference` (relative, both without stochastic depth).
+    Returns `images_per_s`, `seconds` (per step, best of `rounds`), `gflop` (per step, as computed) with `tflop_per_s`
+    and `mfu` (over `peak_tflop_per_s`, the best this machine showed in a matrix product), `parts` (seconds each, mean
+    of `rounds` steps fed by the real loader), `memory_mib` (peak above weights, gradients, moments and teacher, in a
+    process of its own on a CPU) and `state_mib`. With `reference` also `reference_images_per_s`, `reference_seconds`,
+    `reference_gflop`, `reference_memory_mib`, `speedup` and `memory_ratio` (reference over ours, ours over reference;
+    timed by turns), `floor_speedup` (the ratio of operations) and `loss_difference` (relative, in float32, no drops).
     """
     case = case or default_case(device, seed)
-    ours, plain = Step(case, plain=False), Step(case, plain=True)
-    difference = compare_losses(case)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for step in (ours, plain):
-        step()
-    for _ in range(rounds):
-        for step in (ours, plain):
-            times[step.plain].append(timed(step))
-    best, reference = min(times[False]), min(times[True])
-    del ours, plain, step
-    memory, reference_memory = peak_memory(case, plain=False), peak_memory(case, plain=True)
-    return {
+    sides = [Step(case, plain=False)] + ([Step(case, plain=True)] if reference else [])
+    times = time_by_turns(sides, rounds)
+    flops = [case_flops(step) for step in sides]
+    parts = time_parts(sides[0], rounds)
+    state = sides[0].state_bytes()
+    peak = matmul_peak(sides[0].parallel)
+    best = min(times[0])
+    figures: dict[str, Any] = {
         "images_per_s": case.batch_size / best,
         "seconds": best,
-        "reference_images_per_s": case.batch_size / reference,
-        "reference_seconds": reference,
-        "speedup": reference / best,
-        "memory_mib": memory / 2**20,
-        "reference_memory_mib": reference_memory / 2**20,
-        "memory_ratio": memory / reference_memory,
-        "loss_difference": difference,
-        **{key: getattr(case, key) for key in Case.__annotations__},
+        "gflop": flops[0] / 1e9,
+        "tflop_per_s": flops[0] / best / 1e12,
+        "peak_tflop_per_s": peak / 1e12,
+        "mfu": flops[0] / best / peak,
+        "parts": parts,
+        "state_mib": state / 2**20,
     }
+    del sides
+    memory = memory_above_state(case, plain=False)
+    figures["memory_mib"] = memory / 2**20
+    if reference:
+        other, other_memory = min(times[1]), memory_above_state(case, plain=True)
+        figures |= {
+            "reference_images_per_s": case.batch_size / other,
+            "reference_seconds": other,
+            "reference_gflop": flops[1] / 1e9,
+            "reference_memory_mib": other_memory / 2**20,
+            "speedup": other / best,
+            "floor_speedup": flops[1] / flops[0],
+            "memory_ratio": memory / other_memory,
+            "loss_difference": compare_losses(case),
+        }
+    return figures | {key: getattr(case, key) for key in Case.__annotations__}
 
 
 class Step:
     """A model, its optimizer and one fixed batch of noise; calling it makes one optimisation step."""
 
-    def __init__(self, case: Case, *, plain: bool, drop_path: float | None = None) -> None:
-        self.plain, self.parallel = plain, setup(case.device, case.precision)
-        drop = case.drop_path if drop_path is None else drop_path
-        backbone = build(
-            case.arch, seed=case.seed, img_size=case.global_size, layerscale=1.0, drop_path=0.0 if plain else drop
+    def __init__(self, case: Case, *, plain: bool) -> None:
+        self.case, self.plain, self.parallel = case, plain, setup(case.device, case.precision)
+        self.backbone = build(
+            case.arch, seed=case.seed, img_size=case.global_size, layerscale=1.0, drop_path=case.drop_path
         )
-        self.model = build_ssl_model(backbone, prototypes=case.prototypes, seed=case.seed).to(self.parallel.device)
+        self.model = build_ssl_model(self.backbone, prototypes=case.prototypes, seed=case.seed)
+        self.model.to(self.parallel.device)
+        student = self.model.student
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(self.model.student.parameters(), lr=LR, foreach=False)
+            torch.optim.AdamW(student.parameters(), lr=LR, foreach=False)
             if plain
-            else build_optimizer(self.model.student, depth=backbone.depth)
+            else build_optimizer(student, depth=self.backbone.depth)
         )
         for group in self.optimizer.param_groups:
             group["lr"] = LR
-        self.averaged = pair_parameters(self.model.teacher, self.model.student)
-        self.batch = make_batch(case, backbone.patch_size, self.parallel)
+        self.averaged = pair_parameters(self.model.teacher, student)
+        self.clipped = {name: list(part.parameters()) for name, part in student.named_children()}
+        self.batch = make_batch(case, self.backbone.patch_size, self.parallel.device)
         self.generator = torch.Generator().manual_seed(case.seed)
 
-    def loss(self) -> Tensor:
-        """The loss of the batch, by our step or the plain one."""
+    def __call__(self, batch: dict[str, Tensor] | None = None, mark: Callable[[str], None] = lambda _: None) -> None:
+        """One step on `batch` (default: the fixed one); `mark` is told the name of each part that ends."""
+        self.optimizer.zero_grad()
+        total = self.loss(batch or self.batch, mark)
+        total.backward()
+        mark("backward")
+        if self.plain:
+            for parameters in self.clipped.values():
+                torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=False)
+        else:
+            clip_gradients(self.clipped, CLIP)
+        self.optimizer.step()
+        mark("optimizer")
+        (ema if self.plain else ema_update)(*self.averaged, MOMENTUM)
+        mark("ema")
+
+    def loss(self, batch: dict[str, Tensor], mark: Callable[[str], None] = lambda _: None) -> Tensor:
+        """The loss of a batch, by our step or the textbook's."""
+        drop, model = self.case.drop_path, self.model
         with self.parallel.autocast():
             if self.plain:
-                return plain_loss(self.model, **self.batch)
-            out = ssl_losses(
-                self.model,
-                Objective(),
-                teacher_temperature=TEMPERATURE,
-                generator=self.generator,
-                **self.batch,
+                inputs: dict[str, Any] = {**batch, "teacher_temperature": TEMPERATURE, "generator": self.generator}
+                return textbook_loss(model, drop_path=drop, **inputs)
+            tokens, crops = masked_tokens(batch["masks"]), batch["global_crops"]
+            _, dino_targets, ibot_targets = teacher_targets(
+                model, crops, tokens.indices, temperature=TEMPERATURE, iterations=3
             )
-            return out.total
+            mark("teacher forward")
+            views = student_views(
+                model.student, crops, batch["local_crops"], batch["masks"], tokens.indices, generator=self.generator
+            )
+            mark("student forward")
+            terms = loss_terms(views, Objective(), dino_targets, ibot_targets, tokens.weights)
+            mark("losses")
+            return torch.stack(list(terms.values())).sum()
 
-    def __call__(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss().backward()
-        self.optimizer.step()
-        if not self.plain:
-            ema_update(*self.averaged, MOMENTUM)
-            return
-        with torch.no_grad():
-            for teacher, student in zip(*self.averaged, strict=True):
-                teacher.mul_(MOMENTUM).add_(student, alpha=1 - MOMENTUM)
+    def state_bytes(self) -> int:
+        """Weights, gradients, two moments and the teacher."""
+        student = sum(p.numel() * p.element_size() for p in self.model.student.parameters() if p.requires_grad)
+        return 4 * student + sum(p.numel() * p.element_size() for p in self.model.teacher.parameters())
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize(self.parallel.device)
 
 
-def make_batch(case: Case, patch_size: int, parallel: Parallel) -> dict[str, Any]:
+def make_batch(case: Case, patch_size: int, device: torch.device) -> dict[str, Tensor]:
     """Crops of noise and masks: the arithmetic does not depend on what the images show."""
     generator = torch.Generator().manual_seed(case.seed)
     grid = case.global_size // patch_size
 
     def crops(number: int, size: int) -> Tensor:
-        return torch.randn(number, case.batch_size, 3, size, size, generator=generator).to(parallel.device)
+        return torch.randn(number, case.batch_size, 3, size, size, generator=generator).to(device)
 
     masks = make_masks(2 * case.batch_size, (grid, grid), rng=np.random.default_rng(case.seed))
     return {
         "global_crops": crops(2, case.global_size),
         "local_crops": crops(case.local_number, case.local_size),
-        "masks": masks.to(parallel.device),
+        "masks": masks.to(device),
     }
 
 
-def plain_loss(model: SSLModel, *, global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> Tensor:
-    """The objective of `ssl_losses`, written without any of its economies."""
-    student, teacher, batch = model.student, model.teacher, global_crops.shape[1]
-    tokens = masked_tokens(masks)
-    with torch.no_grad():
-        seen = teacher.backbone(global_crops.flatten(0, 1))
-        dino_targets = plain_sinkhorn(teacher.dino_head(seen.cls)).unflatten(0, (2, batch))
-        ibot_targets = plain_sinkhorn(teacher.patch_head(seen.patches.flatten(0, 1)[tokens.indices]))
-    views = student.backbone(global_crops.flatten(0, 1), masks)
-    global_logits = student.dino_head(views.cls).unflatten(0, (2, batch))
-    locals_ = [student.dino_head(student.backbone(crop).cls) for crop in local_crops]
-    pairs = [(global_logits[0], dino_targets[1]), (global_logits[1], dino_targets[0])]
-    pairs += [(logits, target) for logits in locals_ for target in dino_targets]
-    dino = torch.stack([plain_cross_entropy(logits, target).mean() for logits, target in pairs]).mean()
-    patch_logits = student.patch_head(views.patches.flatten(0, 1)[tokens.indices])
-    ibot = (plain_cross_entropy(patch_logits, ibot_targets) * tokens.weights).sum() / len(masks)
-    return dino + ibot + 0.1 * koleo_loss(views.cls.unflatten(0, (2, batch)))
+def time_by_turns(steps: list[Step], rounds: int) -> list[list[float]]:
+    """Seconds of `rounds` steps of each, alternating, after one that does not count."""
+    times: list[list[float]] = [[] for _ in steps]
+    for turn in range(rounds + 1):
+        for step, seconds in zip(steps, times, strict=True):
+            step.wait()
+            started = time.perf_counter()
+            step()
+            step.wait()
+            if turn:
+                seconds.append(time.perf_counter() - started)
+    return times
 
 
-def plain_sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
-    """The published loop: the whole matrix is rewritten at every normalisation."""
-    q = torch.exp(logits.float() / TEMPERATURE).t()
-    q = q / q.sum()
-    for _ in range(iterations):
-        q = q / q.sum(dim=1, keepdim=True) / q.shape[0]
-        q = q / q.sum(dim=0, keepdim=True) / q.shape[1]
-    return (q * q.shape[1]).t()
+def time_parts(step: Step, rounds: int) -> dict[str, float]:
+    """Mean seconds of each part of a step fed by the real loader from photographs."""
+    case, device = step.case, step.parallel.device
+    crop = MultiCrop(global_size=case.global_size, local_size=case.local_size, local_number=case.local_number)
+    source = open_source(f"demo:photos?count={max(40, 2 * case.batch_size)}")
+    loader = CropLoader(source, crop=crop, batch_size=case.batch_size, seed=case.seed, workers=default_workers())
+    augment, seconds = Augment(), dict.fromkeys(PARTS, 0.0)
+    batches = iter(loader)
+    try:
+        next(batches)  # starts the workers
+        for _ in range(rounds):
+            last = time.perf_counter()
+
+            def mark(part: str) -> None:
+                nonlocal last
+                step.wait()
+                now = time.perf_counter()
+                seconds[part] += (now - last) / rounds
+                last = now
+
+            batch = next(batches)
+            mark("data wait")
+            crops = (batch[name].to(device) for name in ("global_crops", "local_crops"))
+            big, small = augment(*crops, seed=case.seed, epoch=batch["epoch"], sample=batch["index"])
+            mark("augment")
+            step({"global_crops": big, "local_crops": small, "masks": step.batch["masks"]}, mark)
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+    return seconds
 
 
-def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each row, through a log-softmax that autograd keeps."""
-    return -(targets * F.log_softmax(logits.float() / STUDENT_TEMPERATURE, dim=-1)).sum(dim=-1)
+def case_flops(step: Step) -> float:
+    """Operations of one step, stochastic depth counted as each side computes it."""
+    case = step.case
+    kept = max(int(case.batch_size * (1 - case.drop_path) + 1e-9), 1) / case.batch_size
+    per_image = step_flops(
+        step.backbone,
+        prototypes=case.prototypes,
+        global_size=case.global_size,
+        local_size=case.local_size,
+        local_number=case.local_number,
+        masked=float(step.batch["masks"].sum()) / case.batch_size,
+        drop_path=0.0 if step.plain else 1 - kept,
+    )
+    return per_image["total"] * case.batch_size
 
 
 def compare_losses(case: Case) -> float:
-    """Relative difference of the two losses on the same weights and batch, without stochastic depth."""
+    """Relative difference of the two losses on the same weights and batch, in float32 and without stochastic depth."""
+    exact = Case(**{**vars(case), "precision": "fp32", "drop_path": 0.0})
     with torch.no_grad():
-        ours = float(Step(case, plain=False, drop_path=0.0).loss())
-        plain = float(Step(case, plain=True).loss())
+        ours, plain = (float(step.loss(step.batch)) for step in (Step(exact, plain=False), Step(exact, plain=True)))
     return abs(ours - plain) / abs(plain)
 
 
-def timed(step: Step) -> float:
-    """Seconds of one step, device work included."""
-    cuda = step.parallel.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(step.parallel.device)
-    started = time.perf_counter()
-    step()
-    if cuda:
-        torch.cuda.synchronize(step.parallel.device)
-    return time.perf_counter() - started
-
-
-def peak_memory(case: Case, *, plain: bool) -> int:
-    """Bytes that two steps, with model and optimizer, need at most."""
+def memory_above_state(case: Case, *, plain: bool) -> int:
+    """Bytes that two steps need at most, beyond the state that lives through all of them."""
     device = torch.device(case.device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step = Step(case, plain=plain)
-        step()
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    # A process's peak only ever rises, so each variant is measured in a fresh one.
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    child = context.Process(target=_report_growth, args=(case, plain, torch.get_num_threads(), results))
-    child.start()
-    child.join()
-    if child.exitcode != 0:
-        raise RuntimeError(f"the process that measures memory ended with {child.exitcode}")
-    return results.get()
+    if device.type != "cuda":
+        return int(run_in_child(_resident_above_state, case, plain))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    state = _two_steps(case, plain)
+    return torch.cuda.max_memory_allocated(device) - before - state
 
 
-def _report_growth(case: Case, plain: bool, threads: int, results: Any) -> None:
-    torch.set_num_threads(threads)
-    before = _peak_resident()
+def _resident_above_state(case: Case, plain: bool) -> int:
+    before = resident_peak()
+    state = _two_steps(case, plain)
+    return resident_peak() - before - state
+
+
+def _two_steps(case: Case, plain: bool) -> int:
     step = Step(case, plain=plain)
     step()
     step()
-    results.put(_peak_resident() - before)
-
-
-def _peak_resident() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux; its ru_maxrss would still hold the peak of the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return step.state_bytes()

@@ -12,86 +12,130 @@ _SMALL = 128  # pixels
 
 def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool) -> dict[str, Any]:
     """Build what `train` takes, from the settings."""
-    from dinov2cli.cli.frame import workers_for
     from dinov2cli.data.augment import Augment
-    from dinov2cli.data.bad import BadImages
-    from dinov2cli.data.crops import MultiCrop
-    from dinov2cli.data.loader import CropLoader
-    from dinov2cli.train.optim import build_optimizer
     from dinov2cli.train.parallel import setup
-    from dinov2cli.train.schedules import Schedules, scaled_lr
     from dinov2cli.train.ssl import Objective, build_ssl_model
+    from dinov2cli.train.step import Settings
 
-    c, optim, loss = config, config.optim, config.loss
+    c, loss = config, config.loss
     parallel = setup(c.device, c.train.precision)
     backbone, model_inputs = initial_backbone(c)
-    heads = c.heads.model_dump()
-    model = build_ssl_model(backbone, **heads, centering=loss.centering, seed=c.seed).to(parallel.device)
-    total_batch = c.data.batch_size * parallel.world_size
-    crops = MultiCrop(**c.crops.model_dump())
-    loader = None
-    if not dry_run:
-        loader = CropLoader(
-            source,
-            crop=crops,
-            batch_size=c.data.batch_size,
-            seed=c.seed,
-            workers=workers_for(c.workers),
-            bad=BadImages(c.data.max_bad_fraction),
-        )
+    model = build_ssl_model(backbone, **c.heads.model_dump(), centering=loss.centering, seed=c.seed)
+    model.to(parallel.device)
+    model.student.backbone.activation_checkpointing = c.train.activation_checkpointing
+    if c.train.compile:
+        for network in (model.student, model.teacher):
+            for block in network.backbone.blocks:
+                block.compile()
+    objective = Objective(
+        dino_weight=loss.dino_weight,
+        ibot_weight=loss.ibot_weight,
+        koleo_weight=loss.koleo_weight,
+        student_temperature=loss.student_temperature,
+        sinkhorn_iterations=loss.sinkhorn_iterations,
+    )
     return {
         "model": model,
         "model_inputs": model_inputs,
-        "objective": Objective(
-            dino_weight=loss.dino_weight,
-            ibot_weight=loss.ibot_weight,
-            koleo_weight=loss.koleo_weight,
-            student_temperature=loss.student_temperature,
-            sinkhorn_iterations=loss.sinkhorn_iterations,
+        "make_optimizer": _optimizer_maker(c, backbone.depth),
+        "phases": phases(c, source, parallel.world_size, dry_run=dry_run),
+        "settings": Settings(
+            objective,
+            seed=c.seed,
+            mask_probability=c.masks.probability,
+            mask_ratio=(c.masks.ratio_min, c.masks.ratio_max),
+            clip=c.optim.clip or None,
+            accumulate=c.train.accumulate,
         ),
-        "optimizer": build_optimizer(
-            model.student,
-            depth=backbone.depth,
-            layerwise_decay=optim.layerwise_decay,
-            patch_embed_lr=optim.patch_embed_lr,
-            beta1=optim.beta1,
-            beta2=optim.beta2,
-        ),
-        "schedules": Schedules(
-            lr=scaled_lr(optim.lr, total_batch, optim.reference_batch),
-            min_lr=optim.min_lr,
-            warmup=optim.warmup,
-            freeze_last_layer=optim.freeze_last_layer,
-            weight_decay=optim.weight_decay,
-            weight_decay_end=optim.weight_decay_end,
-            momentum=c.teacher.momentum,
-            momentum_end=c.teacher.momentum_end,
-            teacher_temperature_start=loss.teacher_temperature_start,
-            teacher_temperature=loss.teacher_temperature,
-            teacher_temperature_warmup=loss.teacher_temperature_warmup,
-        ),
-        "length": _length(c, len(source), total_batch),
-        "loader": loader,
         "augment": Augment(**c.augment.model_dump()),
-        "batch_size": c.data.batch_size,
-        "global_size": c.crops.global_size,
         "parallel": parallel,
-        "seed": c.seed,
-        "mask_probability": c.masks.probability,
-        "mask_ratio": (c.masks.ratio_min, c.masks.ratio_max),
-        "clip": optim.clip or None,
         "checkpoint_every": c.checkpoint.every,
         "keep": c.checkpoint.keep,
+        "keep_every": c.checkpoint.keep_every,
         "log_every": c.log.every,
         "eval_every": c.eval.every,
-        "evaluate": _online_knn(c, source, parallel.precision) if c.eval.every and not dry_run else None,
+        "max_bad_steps": c.train.max_bad_steps,
     }
+
+
+def _optimizer_maker(config: "PretrainConfig", depth: int) -> Any:
+    from functools import partial
+
+    from dinov2cli.train.optim import build_optimizer
+
+    names = ("layerwise_decay", "patch_embed_lr", "beta1", "beta2")
+    return partial(build_optimizer, depth=depth, **{name: getattr(config.optim, name) for name in names})
+
+
+def phases(config: "PretrainConfig", source: "ImageSource", world_size: int, *, dry_run: bool) -> list[Any]:
+    """The run's own phase, then those of `phases:`; sizes they leave out are those of the phase before."""
+    from dinov2cli.cli.frame import workers_for
+    from dinov2cli.data.bad import BadImages
+    from dinov2cli.data.crops import MultiCrop
+    from dinov2cli.data.loader import CropLoader
+    from dinov2cli.train.loop import Phase
+
+    c, crops, batch = config, config.crops.model_dump(), config.data.batch_size
+    made: list[Phase] = []
+    for index, section in enumerate([None, *c.phases]):
+        if section is not None:
+            batch = section.batch_size or batch
+            crops |= {k: v for k in ("global_size", "local_size") if (v := getattr(section, k)) is not None}
+        seed = c.seed + index * 0x9E3779B1  # other crops and another order than in the phase before
+        steps, budget = (c.train.steps, c.train.budget) if section is None else (section.steps, section.budget)
+        loader: Any = None  # a dry run iterates nothing
+        if not dry_run:
+            loader = CropLoader(
+                source,
+                crop=MultiCrop(**crops),
+                batch_size=batch,
+                seed=seed,
+                workers=workers_for(c.workers),
+                bad=BadImages(c.data.max_bad_fraction),
+            )
+        made.append(
+            Phase(
+                schedules=_schedules(c, batch * world_size, 1.0 if section is None else section.lr_scale),
+                length=_length(steps, budget, len(source), batch * world_size),
+                loader=loader,
+                batch_size=batch,
+                global_size=crops["global_size"],
+                seed=seed,
+            )
+        )
+    return made
+
+
+def total_steps(parts: dict[str, Any]) -> int | None:
+    """Steps of the whole run; None while a budget in time leaves them open."""
+    totals = [phase.length.total for phase in parts["phases"]]
+    return None if None in totals else sum(totals)
+
+
+def _schedules(config: "PretrainConfig", total_batch: int, scale: float) -> Any:
+    from dinov2cli.train.schedules import Schedules, scaled_lr
+
+    optim, loss, teacher = config.optim, config.loss, config.teacher
+    return Schedules(
+        lr=scaled_lr(optim.lr, total_batch, optim.reference_batch) * scale,
+        min_lr=min(optim.min_lr, optim.lr),
+        warmup=optim.warmup,
+        freeze_last_layer=optim.freeze_last_layer,
+        weight_decay=optim.weight_decay,
+        weight_decay_end=optim.weight_decay_end,
+        momentum=teacher.momentum,
+        momentum_end=teacher.momentum_end,
+        teacher_temperature_start=loss.teacher_temperature_start,
+        teacher_temperature=loss.teacher_temperature,
+        teacher_temperature_warmup=loss.teacher_temperature_warmup,
+    )
 
 
 def _overrides(config: "PretrainConfig") -> dict[str, Any]:
     """Arguments of the backbone that the recipe sets over those of the architecture."""
     m = config.model
     asked = {"patch_size": m.patch_size, "num_register_tokens": m.registers, "ffn": m.ffn}
+    asked |= {"embed_dim": m.embed_dim, "depth": m.depth, "num_heads": m.num_heads}
     own = {} if m.layerscale is None else {"layerscale": m.layerscale or None}
     return {key: value for key, value in asked.items() if value is not None} | {
         **own,
@@ -112,10 +156,14 @@ def initial_backbone(config: "PretrainConfig") -> tuple[Any, list[dict[str, Any]
     m, crops = config.model, config.crops
     loaded = None if m.init_from is None else load_model(m.init_from)
     patch = loaded.backbone.patch_size if loaded else m.patch_size or architecture(m.arch)["patch_size"]
-    sizes = {"global_size": crops.global_size} | ({"local_size": crops.local_size} if crops.local_number else {})
+    sizes = {"crops.global_size": crops.global_size}
+    sizes |= {"crops.local_size": crops.local_size} if crops.local_number else {}
+    for index, phase in enumerate(config.phases):
+        own = {"global_size": phase.global_size, "local_size": phase.local_size}
+        sizes |= {f"phases[{index}].{name}": size for name, size in own.items() if size is not None}
     for name, size in sizes.items():
         if size % patch:
-            raise UserError(f"crops.{name} {size} {patch_advice(size, patch)}")
+            raise UserError(f"{name} {size} {patch_advice(size, patch)}")
     if loaded is None:
         return build(m.arch, seed=config.seed, **_overrides(config)), []
     backbone = loaded.backbone.train()
@@ -123,19 +171,16 @@ def initial_backbone(config: "PretrainConfig") -> tuple[Any, list[dict[str, Any]
     return backbone, [model_input(str(m.init_from), loaded.fingerprint)]
 
 
-def _length(config: "PretrainConfig", images: int, total_batch: int) -> "RunLength":
+def _length(steps: int | None, budget: str | None, images: int, total_batch: int) -> "RunLength":
     from dinov2cli.train.schedules import Budget, RunLength, parse_budget
 
-    budget = (
-        Budget(steps=config.train.steps) if config.train.steps else parse_budget(config.train.budget or "100 epochs")
-    )
-    return RunLength.of(budget, total_batch, images)
+    return RunLength.of(Budget(steps=steps) if steps else parse_budget(budget or "100 epochs"), total_batch, images)
 
 
-def _online_knn(config: "PretrainConfig", source: "ImageSource", precision: str) -> Any:
-    from dinov2cli.evaluation.online import OnlineKnn
-
-    return OnlineKnn(source, preprocess=preprocess_of(config), seed=config.seed, precision=precision)
+def final_size(config: "PretrainConfig") -> int:
+    """Pixels of the global crops that training ends with."""
+    sizes = [phase.global_size for phase in config.phases if phase.global_size is not None]
+    return sizes[-1] if sizes else config.crops.global_size
 
 
 def preprocess_of(config: "PretrainConfig") -> Any:
@@ -145,5 +190,5 @@ def preprocess_of(config: "PretrainConfig") -> Any:
     """
     from dinov2cli.models.preprocess import Preprocess
 
-    size = config.crops.global_size
+    size = final_size(config)
     return Preprocess(resize=size if size < _SMALL else round(size * 256 / 224), crop=size)

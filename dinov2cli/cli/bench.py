@@ -1,14 +1,14 @@
 """`dinov2 bench NAME`: how fast a part is beside a reference, measured in one process on this machine."""
 
 import importlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dinov2cli.cli import options
 
 _BENCHES = {
-    "train": "one training step, packed, beside one forward per crop group with materialised targets",
+    "train": "one training step part by part; with --reference beside a textbook step",
     "search": "neighbour search beside a brute-force matrix product",
     "knn": "the k-NN classifier beside scikit-learn's",
     "embed": "images per second from files to features, and the share of time spent waiting for images",
@@ -18,6 +18,9 @@ _HELP = "; ".join(f"{name}: {what}" for name, what in _BENCHES.items())
 
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=_HELP + ".")],
+    reference: Annotated[
+        bool, typer.Option("--reference", help="train: also time a textbook step on the same inputs, and compare.")
+    ] = False,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
     device: options.Device = None,
@@ -33,10 +36,28 @@ def bench(
         raise UserError(f"bench {name}: no such benchmark; expected one of {', '.join(_BENCHES)}")
     talk = Talk(json_output=json_output, quiet=quiet)
     talk.say(f"bench {name}: {_BENCHES[name]}")
-    figures = importlib.import_module(f"dinov2cli.bench.{name}").run(device=device or "auto", seed=seed or 0)
+    extra = {"reference": True} if reference and name == "train" else {}  # the others always compare
+    run = importlib.import_module(f"dinov2cli.bench.{name}").run
+    figures = run(device=device or "auto", seed=seed or 0, **extra)
     if json_output:
         print(json.dumps({"name": name, **figures}))  # noqa: T201
         return
+    print("\n".join(_lines(figures)))  # noqa: T201
+
+
+def _lines(figures: dict[str, Any]) -> list[str]:
+    """`key  value` lines, columns aligned; a table of times gets a line per part with its share."""
     width = max(map(len, figures))
+    lines = []
     for key, value in figures.items():
-        print(f"{key.ljust(width)}  {value:.4g}" if isinstance(value, float) else f"{key.ljust(width)}  {value}")  # noqa: T201
+        if isinstance(value, dict):
+            total = sum(value.values())
+            lines += [f"{key.ljust(width)}  {total:.4g}"]
+            lines += [
+                f"  {part.ljust(width)}{seconds:8.4f} s  {seconds / total:6.1%}" for part, seconds in value.items()
+            ]
+        else:
+            lines.append(
+                f"{key.ljust(width)}  {value:.4g}" if isinstance(value, float) else f"{key.ljust(width)}  {value}"
+            )
+    return lines

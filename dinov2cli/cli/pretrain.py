@@ -72,15 +72,16 @@ def train_run(
     overwrite: bool = False,
 ) -> None:
     """Train one run directory from a resolved config; also what the demo calls."""
-    from dinov2cli.artifacts.run import read_metrics
     from dinov2cli.cli.assembly import assemble
     from dinov2cli.cli.frame import check_output, open_output, result_fields
+    from dinov2cli.cli.watch import CONFIG_FILE, RunWatch, require_tensorboard
     from dinov2cli.data.source import open_source
     from dinov2cli.recipe import to_yaml
-    from dinov2cli.report.run import run_report
     from dinov2cli.train.checkpoint import steps_done
     from dinov2cli.train.loop import train
 
+    if config.log.tensorboard:
+        require_tensorboard()
     source = open_source(data)
     parts = assemble(config, source, dry_run=dry_run)
     inputs = [source.fingerprint(), *parts.pop("model_inputs")]
@@ -93,21 +94,22 @@ def train_run(
     if out is None:
         return
     with out:
-        out.write_text("config.yaml", to_yaml(config))
-        total = parts["length"].total
+        out.write_text(CONFIG_FILE, to_yaml(config))
         _announce(talk, config, source, parts)
-        seen = steps_done(path / "checkpoints")
-        with talk.progress("pretrain", total and total - seen, "steps") as advance:
-
-            def on_metrics(line: Any, _total: int) -> None:
-                nonlocal seen
-                advance(int(line["step"]) - seen)
-                seen = int(line["step"])
-
-            result = train(path, **parts, on_metrics=on_metrics, on_message=talk.say)
+        watch = RunWatch(
+            out,
+            talk,
+            config,
+            source,
+            patch_size=parts["model"].student.backbone.patch_size,
+            precision=parts["parallel"].precision,
+            start=steps_done(path / "checkpoints"),
+        )
+        with watch:
+            result = train(path, **parts, **watch.callbacks())
         backbone = parts["model"].teacher.backbone
         _export(backbone, path, config, source, result.step, result.images)
-        out.write_text("report.html", run_report(read_metrics(path), title=path.name))
+        watch.write_report()
         manifest = out.finish(rows=result.images, steps=result.step, metrics=_finite(result.metrics))
     talk.say(
         f"{path}: {result.step} steps, {result.images:,} images in {result.seconds:.0f} s; model in {path / 'export'}"
@@ -132,21 +134,19 @@ def _export(
 
 
 def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]) -> dict[str, Any]:
-    from dinov2cli.models.flops import backbone_flops, head_flops
+    from dinov2cli.cli.assembly import total_steps
+    from dinov2cli.cli.watch import files_of
+    from dinov2cli.models.flops import step_flops
 
     c, student = config, parts["model"].student
     counts = {name: sum(p.numel() for p in child.parameters()) for name, child in student.named_children()}
-    big, small = (backbone_flops(student.backbone, s) for s in (c.crops.global_size, c.crops.local_size))
-    head = head_flops(
-        student.backbone.embed_dim, c.heads.prototypes, c.heads.hidden, c.heads.bottleneck, c.heads.layers
-    )
     patches = (c.crops.global_size // student.backbone.patch_size) ** 2
+    heads = c.heads.model_dump(include={"prototypes", "hidden", "bottleneck", "layers"})
+    crops = c.crops.model_dump(include={"global_size", "local_size", "local_number"})
     masked = 2 * patches * c.masks.probability * (c.masks.ratio_min + c.masks.ratio_max) / 2
-    # The student runs forward and backward (3 forwards' worth), the teacher forward on the global crops.
-    flops = 3 * (2 * big + c.crops.local_number * small + (2 + c.crops.local_number + masked) * head)
-    flops += 2 * big + (2 + masked) * head
-    steps, total = parts["length"].total, sum(counts.values())
-    images = None if steps is None else steps * c.data.batch_size
+    flops = step_flops(student.backbone, **heads, **crops, masked=masked, drop_path=c.model.drop_path)["total"]
+    steps, total = total_steps(parts), sum(counts.values())
+    images = None if steps is None else sum(phase.length.total * phase.batch_size for phase in parts["phases"])
     return {
         "images": len(source),
         "parameters": total,
@@ -158,7 +158,7 @@ def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]
         "batch size": c.data.batch_size,
         "steps": steps if steps is not None else c.train.budget,
         "epochs": None if images is None else round(images / max(len(source), 1), 2),
-        "files": ["config.yaml", "metrics.jsonl", "log.txt", "checkpoints/", "export/", "report.html", "manifest.json"],
+        "files": files_of(c),
     }
 
 

@@ -22,6 +22,11 @@ class _Images:
     images: torch.Tensor
 
 
+def has_labels(source: ImageSource) -> bool:
+    """Whether k-NN has something to go by: at least two images of the source have a label."""
+    return source.labels is not None and bool((source.labels >= 0).sum() >= 2)
+
+
 class OnlineKnn:
     """Called with (backbone, step) it gives {"knn": top-1 accuracy at k = 20} of class tokens; pixels are decoded once.
 
@@ -40,7 +45,7 @@ class OnlineKnn:
     ) -> None:
         self._preprocess, self._precision = preprocess, precision
         labels = source.labels
-        if labels is None or (labels >= 0).sum() < 2:
+        if labels is None or not has_labels(source):
             raise InputError(
                 f"{source.spec} has no labels for k-NN during training; name their column with ?label=NAME, "
                 "use ?label=folder, or set eval.every=0"

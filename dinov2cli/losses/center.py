@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2cli.losses.collectives import reduce_sum
-from dinov2cli.losses.cross_entropy import compute_dtype, row_chunks
+from dinov2cli.losses.cross_entropy import chunks_of, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SoftmaxCenter(nn.Module):
         """
         targets = CenteredTargets(logits.detach(), temperature, self.center.clone(), valid)
         total = torch.zeros_like(self.center)
-        for start, stop in row_chunks(*logits.shape, logits.device):
+        for start, stop in chunks_of(logits):
             block = logits[start:stop].to(total.dtype)
             total += (block if valid is None else torch.where(valid[start:stop, None], block, 0)).sum(0)
         rows = logits.shape[0] if valid is None else valid.sum()
@@ -73,5 +73,6 @@ class SoftmaxCenter(nn.Module):
         message = reduce_sum(torch.cat([total, total.new_ones(1) * rows]), group)
         mean, count = message[:-1] / message[-1].clamp(min=1), message[-1]
         updated = torch.lerp(mean, self.center, self.momentum)
-        self.center.copy_(torch.where(count > 0, updated, self.center))
+        # A batch that is not finite must not spoil every later one: the step that met it is skipped.
+        self.center.copy_(torch.where((count > 0) & torch.isfinite(updated).all(), updated, self.center))
         return targets

@@ -38,6 +38,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def chunks_of(logits: Tensor) -> list[tuple[int, int]]:
+    """`row_chunks` of [M, K] logits, on their device."""
+    return row_chunks(logits.shape[0], logits.shape[1], logits.device)
+
+
 def row_chunks(rows: int, columns: int, device: torch.device | None = None) -> list[tuple[int, int]]:
     """Cut `rows` rows into (start, stop) ranges of at most CHUNK_ELEMENTS elements (at least one row) each."""
     elements = CHUNK_ELEMENTS * (_GPU_CHUNK_FACTOR if device is not None and device.type == "cuda" else 1)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinov2cli.losses.collectives import reduce_max, reduce_sum
-from dinov2cli.losses.cross_entropy import compute_dtype, row_chunks
+from dinov2cli.losses.cross_entropy import chunks_of, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SinkhornTargets:
     def materialize(self) -> Tensor:
         """All targets, [M, K] in float32 (float64 for float64 logits). For few rows only."""
         out = torch.empty(self.shape, dtype=self.row_scale.dtype, device=self.logits.device)
-        for start, stop in row_chunks(*self.shape, self.logits.device):
+        for start, stop in chunks_of(self.logits):
             out[start:stop] = self.rows(start, stop)
         return out
 
@@ -108,7 +108,7 @@ def sinkhorn_targets(
 def _iterate(targets: SinkhornTargets, iterations: int, group: dist.ProcessGroup | None) -> None:
     """Update the scale vectors in place; reads the kernel once per iteration, plus once before."""
     u, v, valid = targets.column_scale, targets.row_scale, targets.valid
-    chunks = row_chunks(*targets.shape, targets.logits.device)
+    chunks = chunks_of(targets.logits)
     rows = torch.full((), len(v), dtype=u.dtype, device=u.device) if valid is None else valid.sum().to(u.dtype)
     share = reduce_sum(rows, group) / len(u)
     kept = _kernel_rows(targets, *chunks[0]) if len(chunks) == 1 else None  # small enough: exponentiate once
@@ -131,14 +131,14 @@ def _shifts(logits: Tensor, valid: Tensor | None, group: dist.ProcessGroup | Non
     rows, columns = logits.shape
     dtype = compute_dtype(logits)
     column_shift = torch.full((columns,), -torch.inf, dtype=dtype, device=logits.device)
-    for start, stop in row_chunks(rows, columns, logits.device):
+    for start, stop in chunks_of(logits):
         block = logits[start:stop].to(dtype)
         if valid is not None:
             block = torch.where(valid[start:stop, None], block, -torch.inf)
         torch.maximum(column_shift, block.amax(0), out=column_shift)
     reduce_max(column_shift, group)
     row_shift = torch.empty(rows, dtype=dtype, device=logits.device)
-    for start, stop in row_chunks(rows, columns, logits.device):
+    for start, stop in chunks_of(logits):
         row_shift[start:stop] = (logits[start:stop].to(dtype) - column_shift).amax(1)
     if valid is not None:
         row_shift = torch.where(valid, row_shift, 0)

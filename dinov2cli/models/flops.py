@@ -51,6 +51,35 @@ def head_flops(in_dim: int, prototypes: int, hidden: int = 2048, bottleneck: int
     return 2 * sum(a * b for a, b in pairwise(widths))
 
 
+def step_flops(
+    backbone: VisionTransformer,
+    *,
+    prototypes: int,
+    hidden: int = 2048,
+    bottleneck: int = 256,
+    layers: int = 3,
+    global_size: int,
+    local_size: int,
+    local_number: int,
+    masked: float,
+    drop_path: float = 0.0,
+) -> dict[str, float]:
+    """Operations of one pretraining step PER IMAGE: two global crops and `local_number` locals, sizes in pixels.
+
+    `masked` is the mean number of masked patches of both global crops together. The student runs forward and backward
+    (three forward passes' worth) on the share 1 - `drop_path` of its branches, the teacher forward on the global crops.
+    Keys: teacher, student, heads, total.
+    """
+    big, small = backbone_flops(backbone, global_size), backbone_flops(backbone, local_size)
+    head = head_flops(backbone.embed_dim, prototypes, hidden, bottleneck, layers)
+    parts: dict[str, float] = {
+        "teacher": 2 * big,
+        "student": 3 * (2 * big + local_number * small) * (1 - drop_path),
+        "heads": (3 * (2 + local_number + masked) + 2 + masked) * head,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
 def _numbers(arch: str | VisionTransformer, overrides: dict[str, object]) -> dict[str, Any]:
     """What the counts depend on, of a name or of a backbone."""
     if isinstance(arch, str):

@@ -93,7 +93,7 @@ def _input_rounding(fast: bool) -> Iterator[None]:
 
     It also takes them to oneDNN, whose plain float32 product is twice as fast as the default's on some machines.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to the type stubs
     before = settings.fp32_precision
     if fast:
         settings.fp32_precision = "bf16"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dinov2cli.errors import UserError
 from dinov2cli.models.blocks import Block, Groups, LayerScale, PatchEmbed, draw_kept, join, split
@@ -69,6 +70,7 @@ class VisionTransformer(nn.Module):
         self.num_register_tokens, self.layerscale, self.norm_eps = num_register_tokens, layerscale, norm_eps
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
         self.grid = img_size // patch_size
+        self.activation_checkpointing = False  # set: blocks are computed again in the backward pass, to save memory
         self.set_drop_path(drop_path, uniform=drop_path_uniform)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -137,6 +139,18 @@ class VisionTransformer(nn.Module):
         patches = resized.permute(0, 2, 3, 1).flatten(1, 2).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], patches], dim=1)
 
+    @torch.no_grad()
+    def set_grid(self, img_size: int) -> None:
+        """Resample the learned position embedding to the grid of `img_size` pixels, once and for good.
+
+        Features at that size stay what they were, but for rounding. Raises UserError if the patch does not divide it.
+        """
+        if img_size % self.patch_size:
+            raise UserError(f"img_size {img_size} {patch_advice(img_size, self.patch_size)}")
+        resampled = self.position_embedding(img_size, img_size).clone()
+        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        self.img_size, self.grid = img_size, img_size // self.patch_size
+
     def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Tokens [B, 1 + R + N, D] that enter the first block.
 
@@ -180,8 +194,14 @@ class VisionTransformer(nn.Module):
         groups: Groups = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
         x_TD = join([tokens.flatten(0, 1) for tokens in embedded])
         kept_by_block = self.draw_depth(groups, generator, x_TD.device)
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block, kept in zip(self.blocks, kept_by_block, strict=True):
-            x_TD = block(x_TD, groups, kept)
+            # Nothing in a block is random (`kept` is drawn already), so no random state needs to be kept either.
+            x_TD = (
+                checkpoint(block, x_TD, groups, kept, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else block(x_TD, groups, kept)
+            )
         normed = split(self.norm(x_TD), groups)
         first = 1 + self.num_register_tokens
         outputs = []

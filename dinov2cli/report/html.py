@@ -37,6 +37,10 @@ caption{text-align:left;color:var(--muted);font-size:.9rem;padding-bottom:.4rem}
 th,td{padding:.4rem 1.1rem .4rem 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}
 th{font-weight:600;color:var(--muted);font-size:.85rem}
 th.number,td.number{text-align:right;white-space:nowrap}
+details{margin:1.2rem 0}
+summary{cursor:pointer;color:var(--muted)}
+pre{background:var(--card);border-radius:.5rem;padding:.9rem 1rem;overflow-x:auto;
+ font:13px/1.5 ui-monospace,"SF Mono",Menlo,"DejaVu Sans Mono",monospace}
 footer{margin-top:3.5rem;color:var(--muted);font-size:.85rem}
 @media print{main{max-width:none;padding:0}figure,.tile,table{break-inside:avoid}}
 """
@@ -121,6 +125,11 @@ class Report:
         self._parts.append(
             f'<div class="scroll"><table>{title}<thead>{line("th", headers)}</thead><tbody>{body}</tbody></table></div>'
         )
+        return self
+
+    def details(self, summary: str, text: str) -> "Report":
+        """Add text as it is (a recipe, a log), folded away under `summary` until clicked."""
+        self._parts.append(f"<details><summary>{escape(summary)}</summary><pre>{escape(text.strip())}</pre></details>")
         return self
 
     def footer(self, text: str) -> "Report":

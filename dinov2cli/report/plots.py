@@ -24,6 +24,7 @@ LOSS_NAMES = {
 }
 _INCHES = 9.4  # figure width; the page shows 72 points an inch, so about 900 CSS pixels
 _SMOOTH_FROM = 60  # points; shorter curves are shown as they are
+_POINTS = 3000  # more than a chart has pixels; longer curves are averaged in groups
 
 # (value, low, high)
 Estimate = tuple[float, float, float]
@@ -73,10 +74,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of one metric."""
+    """Steps and finite values of one metric, averaged in groups of neighbours where there are very many."""
     pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
-    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+    table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    if len(table) > _POINTS:
+        starts = np.linspace(0, len(table), _POINTS, endpoint=False).astype(int)
+        table = np.add.reduceat(table, starts) / np.diff([*starts, len(table)])[:, None]
+    return table[:, 0], table[:, 1]
 
 
 def loss_curves(rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None = None) -> str:
@@ -98,7 +102,10 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None
     figure, axes = _figure(lines, columns, (1.7 if columns == 4 else 2.0) * lines, _INCHES * min(1, columns / 3))
     for axis, (key, steps, values) in zip(axes, curves, strict=False):
         long = len(values) >= _SMOOTH_FROM and key != "lr"
-        axis.plot(steps, values, color=LIGHT["soft" if long else "accent"], linewidth=0.8 if long else 1.6)
+        # One point makes no line: a run that has just begun shows it as a dot.
+        marker = "o" if len(values) == 1 else ""
+        colour = LIGHT["soft" if long else "accent"]
+        axis.plot(steps, values, color=colour, linewidth=0.8 if long else 1.6, marker=marker, markersize=4)
         if long:
             axis.plot(steps, smooth(values), color=LIGHT["accent"], linewidth=1.6)
         _title(axis, LOSS_NAMES.get(key, key))

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dinov2cli.errors import InputError, WorkError
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"^step_(\d{8})$")
 
 
@@ -114,11 +114,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict,
     keep: int = 2,
+    keep_every: int = 0,
 ) -> Path:
     """Write the checkpoint of `step` under `root` and drop all but the newest `keep` (0 keeps every one).
 
-    `state` is JSON-able and comes back from `load_checkpoint`. Raises WorkError if the disk refuses; older checkpoints
-    are then still in place.
+    Those of steps that are multiples of `keep_every` stay for good (0: none do). `state` is JSON-able and comes back
+    from `load_checkpoint`. Raises WorkError if the disk refuses; older checkpoints are then still in place.
     """
     final = root / checkpoint_name(step)
     partial = root / f".partial-{checkpoint_name(step)}"
@@ -144,8 +145,9 @@ def save_checkpoint(
             "the same command continues from the last complete checkpoint"
         ) from error
     if keep:
-        for _, old in list_checkpoints(root)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old_step, old in list_checkpoints(root)[:-keep]:
+            if not (keep_every and old_step % keep_every == 0):
+                shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -154,17 +156,23 @@ def _cause(error: BaseException) -> str:
     return text[-1] if text else type(error).__name__
 
 
-def load_checkpoint(path: Path, *, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Load weights and moments in place and return the JSON state (with `step`).
-
-    Raises InputError where the checkpoint does not hold exactly the tensors of these modules.
-    """
-    state = json.loads((path / "state.json").read_text())
+def read_state(path: Path) -> dict:
+    """The JSON state of a checkpoint, with its `step`. Raises InputError for one of another format."""
+    state: dict = json.loads((path / "state.json").read_text())
     if state.get("format") != FORMAT:
         raise InputError(
             f"{path}: found checkpoint format {state.get('format')!r}, expected {FORMAT}; "
             "it was written by another version; start again with --overwrite"
         )
+    return state
+
+
+def load_checkpoint(path: Path, *, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Load weights and moments in place and return the JSON state (see `read_state`).
+
+    Raises InputError where the checkpoint does not hold exactly the tensors of these modules.
+    """
+    state = read_state(path)
     for part, module in (("student", student), ("teacher", teacher)):
         load_module(path / part, module)
     parameters = {

@@ -1,33 +1,24 @@
-"""The training loop of one run directory: steps, metrics, checkpoints, resume, stop on signal.
-
-Everything random in a step is keyed on (seed, step) or, in the loader, on (seed, epoch, sample), so a resumed run
-repeats an uninterrupted one bit for bit on the CPU.
-"""
+"""The training loop of one run directory: phases, metrics, checkpoints, resume, stop on signal."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dinov2cli.artifacts.run import Journal
-from dinov2cli.data.masks import make_masks
-from dinov2cli.errors import Preempted, WorkError
+from dinov2cli.errors import InputError, Preempted, WorkError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train import checkpoint
-from dinov2cli.train.ema import ema_update, pair_parameters
 from dinov2cli.train.monitor import Monitor, batch_statistics
-from dinov2cli.train.optim import apply_schedule, clip_gradients
 from dinov2cli.train.parallel import Parallel
 from dinov2cli.train.schedules import RunLength, Schedules, StepValues
 from dinov2cli.train.signals import StopRequest
-from dinov2cli.train.ssl import Objective, SSLModel, SSLStep, ssl_losses
-
-_MASKS, _DEPTH = (1 << 63) + 1, (1 << 63) + 2
+from dinov2cli.train.ssl import Network, SSLModel
+from dinov2cli.train.step import Augmentation, FirstBatch, Settings, Stepper, StepResult
+from dinov2cli.train.tally import Tally
 
 
 class BatchSource(Protocol):
@@ -41,19 +32,19 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Augmentation(Protocol):
-    """Colour augmentation and normalisation on the device, keyed on (seed, epoch, sample)."""
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with its own crops, batch (images per rank) and schedules, laid out over its own length.
 
-    def __call__(
-        self, global_crops: Tensor, local_crops: Tensor, *, seed: int, epoch: Tensor, sample: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+    `seed` is what `loader` was built with: it drives crops and colours.
+    """
 
-
-def step_rng(seed: int, step: int, purpose: int) -> np.random.Generator:
-    """Random numbers of one step: Philox keyed on (seed, purpose), the step as the top word of its counter."""
-    word = (1 << 64) - 1
-    key = np.array([seed & word, purpose & word], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(counter=np.array([0, 0, 0, step], dtype=np.uint64), key=key))
+    schedules: Schedules
+    length: RunLength
+    loader: BatchSource
+    batch_size: int
+    global_size: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,50 +66,32 @@ class Trainer:
         run: Path,
         *,
         model: SSLModel,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        schedules: Schedules,
-        length: RunLength,
-        loader: BatchSource,
+        make_optimizer: Callable[[Network], torch.optim.Optimizer],
+        phases: Sequence[Phase],
+        settings: Settings,
         augment: Augmentation,
-        batch_size: int,
-        global_size: int,
         parallel: Parallel,
-        seed: int = 0,
-        mask_probability: float = 0.5,
-        mask_ratio: tuple[float, float] = (0.1, 0.5),
-        clip: float | None = 3.0,
         checkpoint_every: int = 1000,
         keep: int = 2,
+        keep_every: int = 0,
         log_every: int = 10,
         eval_every: int = 0,
+        max_bad_steps: int = 5,
         evaluate: Callable[[VisionTransformer, int], Mapping[str, float]] | None = None,
+        on_first_batch: FirstBatch | None = None,
         on_metrics: Callable[[Mapping[str, float], int], None] | None = None,
         on_message: Callable[[str], None] | None = None,
     ) -> None:
-        self.run, self.model, self.objective, self.optimizer = Path(run), model, objective, optimizer
-        self.schedules, self.length, self.loader, self.augment = schedules, length, loader, augment
-        self.batch_size, self.parallel, self.seed, self.clip = batch_size, parallel, seed, clip
-        self.mask_probability, self.mask_ratio = mask_probability, mask_ratio
-        self.checkpoint_every, self.keep = checkpoint_every, keep
+        self.run, self.model, self.make_optimizer, self.phases = Path(run), model, make_optimizer, list(phases)
+        self.settings, self.augment, self.parallel = settings, augment, parallel
+        self.checkpoint_every, self.keep, self.keep_every = checkpoint_every, keep, keep_every
         self.log_every, self.eval_every, self.evaluate = log_every, eval_every, evaluate
-        self.on_metrics = on_metrics
+        self.max_bad_steps, self.on_first_batch, self.on_metrics = max_bad_steps, on_first_batch, on_metrics
         self.journal = Journal(self.run, on_message)
-        self.scaler = parallel.grad_scaler()
-        backbone = model.student.backbone
-        self.grid = (global_size // backbone.patch_size, global_size // backbone.patch_size)
-        self.monitor = Monitor(
-            rank_limit=min(2 * batch_size, backbone.embed_dim), clip=clip, quiet_until=2 * schedules.warmup
-        )
-        self.averaged = pair_parameters(model.teacher, model.student)
-        self.clipped = {name: list(part.parameters()) for name, part in model.student.named_children()}
-        self.step, self.elapsed, self._saved = 0, 0.0, -1
-        # Losses since the last log line, summed on the device; the first step whose loss was not finite, else -1.
-        self._sums: dict[str, Tensor] = {}
-        self._summed = 0
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=parallel.device)
-        self._busy = self._waited = 0.0
+        self.tally = Tally(parallel.device)
+        self.step, self.images, self.elapsed, self._saved = 0, 0, 0.0, -1
         self._last: dict[str, float] = {}
+        self._enter(0, step=0, elapsed=0.0)
 
     @property
     def checkpoints(self) -> Path:
@@ -129,156 +102,160 @@ class Trainer:
         """Go on from the newest checkpoint, or from the start, to the end of the run. Errors: see `train`."""
         self._resume()
         with StopRequest() as stop:
-            batches = iter(self.loader)  # workers start with the first batch: a finished run has none
-            try:
-                self._loop(batches, stop)
-            finally:
-                # End the workers now: they ignore signals, and a traceback would keep the iterator alive.
-                close = getattr(batches, "close", None)
-                if close is not None:
-                    close()
+            while True:
+                self._run_phase(stop)
+                if self.index + 1 == len(self.phases):
+                    break
+                self._enter(self.index + 1, step=self.step, elapsed=self.elapsed)
+                self.journal.log(f"step {self.step}: phase {self.index + 1} begins, {self.phase.global_size} pixels")
         return TrainResult(
             step=self.step,
-            images=self.step * self._total_batch,
+            images=self.images,
             seconds=self.elapsed,
             metrics=dict(self._last),
             checkpoint=self.checkpoints / checkpoint.checkpoint_name(self.step),
         )
 
-    def _loop(self, batches: Iterator[Mapping[str, Any]], stop: StopRequest) -> None:
+    def _enter(self, index: int, *, step: int, elapsed: float) -> None:
+        """Make everything that belongs to one phase, which began after `step` updates and `elapsed` seconds."""
+        self.index, self.phase = index, self.phases[index]
+        self.phase_step, self.phase_elapsed = step, elapsed
+        networks = (self.model.student, self.model.teacher)
+        if index > 0:
+            for network in networks:
+                network.backbone.set_grid(self.phase.global_size)
+        backbone, side = self.model.student.backbone, self.phase.global_size // self.model.student.backbone.patch_size
+        # A new grid is a new parameter; the moments of the others start afresh too, under the phase's own warm-up.
+        self.optimizer = self.make_optimizer(self.model.student)
+        self.stepper = Stepper(
+            self.model,
+            self.optimizer,
+            self.settings,
+            augment=self.augment,
+            parallel=self.parallel,
+            batch_size=self.phase.batch_size,
+            grid=(side, side),
+        )
+        self.monitor = Monitor(
+            rank_limit=min(2 * self.phase.batch_size // self.settings.accumulate, backbone.embed_dim),
+            clip=self.settings.clip,
+            quiet_until=2 * self.phase.schedules.warmup,
+        )
+
+    def _run_phase(self, stop: StopRequest) -> None:
+        total = self._phase_total()
+        if self.step - self.phase_step >= total:  # a finished run starts no workers
+            return
+        batches = iter(self.phase.loader)
+        try:
+            self._loop(batches, stop, total)
+        finally:
+            # End the workers now: they ignore signals, and a traceback would keep the iterator alive.
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
+
+    def _phase_total(self) -> int:
+        return self.phase.length.update(self.step - self.phase_step, self.elapsed - self.phase_elapsed)
+
+    def _loop(self, batches: Iterator[Mapping[str, Any]], stop: StopRequest, total: int) -> None:
         started = time.monotonic() - self.elapsed
-        total = self.length.update(self.step, self.elapsed)
-        while self.step < total:
+        while (done := self.step - self.phase_step) < total:
             waiting = time.perf_counter()
             batch = next(batches)
-            self._waited += time.perf_counter() - waiting
-            values = self.schedules.at(self.step, total)
-            out, norms = self._update(batch, values)
-            self._busy += time.perf_counter() - waiting
+            waited = time.perf_counter() - waiting
+            values = self.phase.schedules.at(done, total)
+            result = self.stepper(batch, values, self.step, seed=self.phase.seed, told=self.on_first_batch)
+            self.on_first_batch = None
+            self.step, images = self.step + 1, self.phase.batch_size * self.parallel.world_size
+            self.images += images
+            self.tally.add(result.losses, result.skipped, images)
+            self.tally.time(time.perf_counter() - waiting, waited)
             self.elapsed = time.monotonic() - started
-            total = self.length.update(self.step, self.elapsed)
-            self._report(out, norms, values, total)
-            if self.step == total or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
+            total, done = self._phase_total(), done + 1
+            if self.parallel.device.type == "cpu":  # elsewhere looking would make the device wait
+                self._check_skips()
+            self._report(result, values, done, total)
+            if done == total or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
                 self._save()
-            if stop.received and self.step < total:
+            if stop.received and not (done == total and self.index + 1 == len(self.phases)):
                 self._stop(stop.received, total)
 
-    @property
-    def _total_batch(self) -> int:
-        return self.batch_size * self.parallel.world_size
-
-    def _update(self, batch: Mapping[str, Any], values: StepValues) -> tuple[SSLStep, dict[str, Tensor]]:
-        """One optimisation step: losses, backward, clip, AdamW, EMA."""
-        model, device = self.model, self.parallel.device
-        global_crops, local_crops = self.augment(
-            batch["global_crops"].to(device, non_blocking=True),
-            batch["local_crops"].to(device, non_blocking=True),
-            seed=self.seed,
-            epoch=batch["epoch"],
-            sample=batch["index"],
-        )
-        masks = make_masks(
-            2 * self.batch_size,
-            self.grid,
-            rng=step_rng(self.seed, self.step, _MASKS + 2 * self.parallel.rank),
-            probability=self.mask_probability,
-            ratio_min=self.mask_ratio[0],
-            ratio_max=self.mask_ratio[1],
-        )
-        depth_seed = step_rng(self.seed, self.step, _DEPTH + 2 * self.parallel.rank).integers(1 << 63)
-        apply_schedule(self.optimizer, values)
-        with self.parallel.autocast():
-            out = ssl_losses(
-                model,
-                self.objective,
-                global_crops=global_crops,
-                local_crops=local_crops,
-                masks=masks.to(device),
-                teacher_temperature=values.teacher_temperature,
-                generator=torch.Generator().manual_seed(int(depth_seed)),
-                group=self.parallel.group,
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(out.total).backward()
-        self.scaler.unscale_(self.optimizer)
-        norms = clip_gradients(self.clipped, self.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        ema_update(*self.averaged, values.momentum)
-        self.step += 1
-        self._accumulate(out)
-        return out, norms
-
-    def _accumulate(self, out: SSLStep) -> None:
-        """Add the losses to the sums since the last line, without making a GPU wait."""
-        total = out.total.detach()
-        for name, value in {"total": total, **out.terms}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._summed += 1
-        first = (self._bad_step < 0) & ~torch.isfinite(total)
-        self._bad_step = torch.where(first, self.step, self._bad_step)
-
-    def _check_finite(self) -> None:
-        bad = int(self._bad_step)
-        if bad < 0:
+    def _check_skips(self) -> None:
+        """Raise WorkError after too many steps in a row whose loss or gradient was not finite."""
+        run = int(self.tally.longest_run)
+        if run < self.max_bad_steps:
             return
         kept = checkpoint.latest_checkpoint(self.checkpoints)
         text = (
-            f"{self.run}: the loss is not finite at step {bad}; expected a number; the last sound checkpoint is "
-            f"{kept.name if kept else 'none'}; start again with a lower optim.lr, a longer optim.warmup "
-            "or train.precision fp32"
+            f"{self.run}: the loss or its gradient was not finite in {run} steps in a row, the last seen at step "
+            f"{self.step}; expected numbers; the last sound checkpoint is {kept.name if kept else 'none'}; "
+            "start again with a lower optim.lr, a longer optim.warmup or train.precision fp32"
         )
         self.journal.log(text)
         raise WorkError(text)
 
-    def _report(self, out: SSLStep, norms: dict[str, Tensor], values: StepValues, total: int) -> None:
+    def _report(self, result: StepResult, values: StepValues, done: int, total: int) -> None:
         """Write a line of metrics where one is due, and what the monitor has to say about it."""
         evaluating = self.evaluate is not None and self.eval_every > 0 and self.step % self.eval_every == 0
-        if not (evaluating or self.step in (1, total) or self.step % self.log_every == 0):
+        if not (evaluating or self.step == 1 or done == total or self.step % self.log_every == 0):
             return
-        self._check_finite()
-        line: dict[str, float] = {"step": self.step, "images": self.step * self._total_batch}
-        line |= {f"loss/{name}": float(value) / self._summed for name, value in self._sums.items()}
-        line |= {"lr": values.lr, "grad_norm": float(norms.pop("all"))}
-        line |= {"images_per_s": self._summed * self._total_batch / self._busy, "data_wait": self._waited / self._busy}
-        line |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
+        self._check_skips()
+        all_steps = self.phase_step + total + sum(phase.length.total or 0 for phase in self.phases[self.index + 1 :])
+        line = self._line(result, values) | {"seconds": self.elapsed, "total_steps": all_steps}
+        if skipped := self.tally.skipped():
+            self.journal.log(
+                f"step {self.step}: {skipped} of the last steps skipped, loss or gradient was not finite; "
+                f"the run stops at {self.max_bad_steps} in a row; if it stays so, lower optim.lr"
+            )
+        self.tally.reset()
+        if evaluating and self.evaluate is not None:
+            line |= {f"eval/{k}": float(v) for k, v in self.evaluate(self.model.teacher.backbone, self.step).items()}
+        self.journal.metrics(line)
+        for finding in self.monitor.changes(line, done / total):
+            self.journal.log(f"step {self.step}: {finding}")
+        self._last = line
+        if self.on_metrics:
+            self.on_metrics(line, all_steps)
+
+    def _line(self, result: StepResult, values: StepValues) -> dict[str, float]:
+        norms, views = result.norms, result.views
+        line: dict[str, float] = {"step": self.step, "images": self.images}
+        line |= {f"loss/{name}": value for name, value in self.tally.losses().items()}
+        line |= {"lr": values.lr, "grad_norm": float(norms["all"])} | self.tally.speed()
+        line |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items() if name != "all"}
         line |= {
             "weight_decay": values.weight_decay,
             "momentum": values.momentum,
             "teacher_temperature": values.teacher_temperature,
+            "skipped": self.tally.skipped(),
         }
-        line |= batch_statistics(
-            class_tokens=out.teacher_tokens.flatten(0, 1),
-            student_tokens=out.student_tokens[0],
-            targets=out.targets.rows(0, out.targets.shape[0]),
-        )
+        if len(self.phases) > 1:
+            line |= {"phase": self.index + 1, "global_size": self.phase.global_size}
+        if not bool(result.skipped):
+            line |= batch_statistics(
+                class_tokens=views.teacher_tokens.flatten(0, 1),
+                student_tokens=views.student_tokens[0],
+                targets=views.targets.rows(0, views.targets.shape[0]),
+            )
         if self.parallel.device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated(self.parallel.device) / 2**30
-        line |= {"seconds": self.elapsed, "total_steps": total}
-        self._sums, self._summed, self._busy, self._waited = {}, 0, 0.0, 0.0
-        if evaluating and self.evaluate is not None:
-            line |= {f"eval/{k}": float(v) for k, v in self.evaluate(self.model.teacher.backbone, self.step).items()}
-        self.journal.metrics(line)
-        for finding in self.monitor.changes(line, self.step / total):
-            self.journal.log(f"step {self.step}: {finding}")
-        self._last = line
-        if self.on_metrics:
-            self.on_metrics(line, total)
+        return line
 
     def _save(self) -> None:
-        """Checkpoint the present step, unless it is on disk already; never one with a broken loss."""
-        self._check_finite()
+        """Checkpoint the present step, unless it is on disk already; never one after too many skipped steps."""
+        self._check_skips()
         if self._saved == self.step:
             return
         state = {
-            "images": self.step * self._total_batch,
+            "images": self.images,
             "elapsed": self.elapsed,
-            "length": self.length.state_dict(),
-            "sampler": self.loader.state_dict(),
+            "phase": {"index": self.index, "step": self.phase_step, "elapsed": self.phase_elapsed},
+            "length": self.phase.length.state_dict(),
+            "sampler": self.phase.loader.state_dict(),
             "rng": checkpoint.rng_state(self.parallel.device),
-            "scaler": self.scaler.state_dict(),
-            "loss_sums": {name: float(value) for name, value in self._sums.items()},
-            "loss_summed": self._summed,
+            "scaler": self.stepper.scaler.state_dict(),
+            "tally": self.tally.state_dict(),
             "world_size": self.parallel.world_size,
         }
         checkpoint.save_checkpoint(
@@ -289,6 +266,7 @@ class Trainer:
             optimizer=self.optimizer,
             state=state,
             keep=self.keep,
+            keep_every=self.keep_every,
         )
         self._saved = self.step
 
@@ -297,41 +275,46 @@ class Trainer:
         if found is None:
             self.journal.rewind(0)
             return
-        state = checkpoint.load_checkpoint(
+        state = checkpoint.read_state(found)
+        phase = state["phase"]
+        if phase["index"] >= len(self.phases):
+            raise InputError(f"{found}: belongs to phase {phase['index']}, this run has {len(self.phases)}")
+        for index in range(1, phase["index"] + 1):
+            self._enter(index, step=phase["step"], elapsed=phase["elapsed"])
+        self.phase_step, self.phase_elapsed = int(phase["step"]), float(phase["elapsed"])
+        checkpoint.load_checkpoint(
             found, student=self.model.student, teacher=self.model.teacher_side(), optimizer=self.optimizer
         )
         self.step = self._saved = int(state["step"])
-        self.elapsed = float(state["elapsed"])
-        self.length.load_state_dict(state["length"])
-        self.loader.load_state_dict(state["sampler"])
-        self.scaler.load_state_dict(state["scaler"])
-        device = self.parallel.device
-        self._sums = {name: torch.tensor(value, device=device) for name, value in state["loss_sums"].items()}
-        self._summed = int(state["loss_summed"])
-        checkpoint.set_rng_state(state["rng"], device)
+        self.images, self.elapsed = int(state["images"]), float(state["elapsed"])
+        self.phase.length.load_state_dict(state["length"])
+        self.phase.loader.load_state_dict(state["sampler"])
+        self.stepper.scaler.load_state_dict(state["scaler"])
+        self.tally.load_state_dict(state["tally"])
+        checkpoint.set_rng_state(state["rng"], self.parallel.device)
         self.journal.rewind(self.step)
         self.journal.log(f"continuing from {found.name}")
 
     def _stop(self, signal_name: str, total: int) -> None:
         """Save and leave, on a signal."""
         self._save()
-        text = f"{self.run}: stopped by {signal_name} after saving step {self.step} of {total}"
+        text = f"{self.run}: stopped by {signal_name} after saving step {self.step} of {self.phase_step + total}"
         self.journal.log(text)
         if signal_name == "SIGINT":
             raise KeyboardInterrupt
         raise Preempted(f"{text}; run the same command to continue")
 
 
-def train(run: Path, **settings: Any) -> TrainResult:
+def train(run: Path, **arguments: Any) -> TrainResult:
     """Train in the run directory `run`, going on from its newest complete checkpoint.
 
-    Keyword arguments (see `Trainer`): `model`, `objective`, `optimizer` (built over `model.student`), `schedules`,
-    `length`, `loader` and `augment` (see BatchSource, Augmentation), `batch_size` images per rank, `global_size` in
-    pixels, `parallel`, `seed`, `mask_probability` and `mask_ratio`, `clip` per sub-module, `checkpoint_every`, `keep`,
-    `log_every`, `eval_every` in steps (0 = never), `evaluate(teacher backbone, step) -> metrics` and the callbacks
-    `on_metrics(line, total steps)` and `on_message(text)`.
+    Keyword arguments (see `Trainer`): `model`, `make_optimizer(student)` (called at the start of each phase), `phases`
+    (each with its own schedules, length, loader and crop size; the position grid is interpolated between them),
+    `settings` and `augment` of every step, `parallel`, `checkpoint_every`, `keep` and `keep_every`, `log_every`,
+    `eval_every` in steps (0 = never), `max_bad_steps` in a row, `evaluate(teacher backbone, step) -> metrics` and the
+    callbacks `on_first_batch`, `on_metrics(line, total steps)` and `on_message(text)`.
 
     Raises Preempted after SIGTERM or SIGUSR1 and KeyboardInterrupt after Ctrl-C, both after saving; WorkError when the
-    loss is no longer finite or the disk refuses; InputError when a checkpoint belongs to another model.
+    loss stays not finite or the disk refuses; InputError when a checkpoint belongs to another model.
     """
-    return Trainer(run, **settings).train()
+    return Trainer(run, **arguments).train()

@@ -123,6 +123,8 @@ class Monitor:
 
     def changes(self, metrics: Mapping[str, float], progress: float) -> list[str]:
         """Sentences for findings that are new since the last call, and for those that went away."""
+        if "feature_std" not in metrics:  # a skipped step tells nothing of the features
+            return []
         now = self.findings(metrics, progress)
         lines = [text for key, text in now.items() if key not in self._current]
         lines += [f"no longer: {text}" for key, text in self._current.items() if key not in now]

@@ -21,7 +21,7 @@ from dinov2cli.losses.sinkhorn import sinkhorn_scalings
 from dinov2cli.models.heads import ProjectionHead
 from dinov2cli.models.vit import VisionTransformer
 
-CENTERINGS = ("sinkhorn", "softmax")
+CENTERINGS = ("sinkhorn", "softmax", "none")
 
 
 class Network(nn.Module):
@@ -50,7 +50,9 @@ class SSLModel(nn.Module):
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.dino_center: SoftmaxCenter | None = None
         self.ibot_center: SoftmaxCenter | None = None
-        if centering == "softmax":
+        if centering != "sinkhorn":
+            # A centre with momentum 1 stays at zero: plain softmax, which collapses sooner or later.
+            center_momentum = center_momentum if centering == "softmax" else 1.0
             self.dino_center = SoftmaxCenter(prototypes_of(student.dino_head), center_momentum)
             self.ibot_center = SoftmaxCenter(prototypes_of(student.patch_head), center_momentum)
         self.train()
@@ -133,7 +135,7 @@ class SSLStep:
     terms: dict[str, Tensor]
     teacher_tokens: Tensor
     student_tokens: Tensor
-    targets: Tensor
+    targets: RowTargets
 
 
 @torch.no_grad()

@@ -47,6 +47,15 @@ def test_loss_curves_leave_out_what_is_not_a_number():
         plots.loss_curves([{"step": 1, "lr": None}], keys=["lr"])
 
 
+def test_very_long_curves_are_averaged_in_groups_and_one_point_is_a_dot():
+    rows = [{"step": i, "loss/total": i % 2} for i in range(10 * plots._POINTS)]
+    steps, values = plots._series(rows, "loss/total")
+    assert len(steps) == plots._POINTS and np.all(np.diff(steps) == 10) and steps[0] == 4.5
+    assert np.allclose(values, 0.5)
+    assert "<use " in plots.loss_curves(rows[:1], keys=["loss/total"])
+    assert "<use " not in plots.loss_curves(rows[:2], keys=["loss/total"]).split('id="patch_2"')[1].split("line2d_1")[0]
+
+
 def test_the_average_keeps_constants_and_lines_and_does_not_lag():
     assert np.allclose(plots.smooth(np.full(200, 3.0)), 3.0)
     line = np.arange(400.0)

@@ -1,3 +1,5 @@
+import base64
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -143,6 +145,25 @@ def test_run_report_says_what_was_seen():
     for part in ("160", "7.00", "was 8.00 at step 10", "the features have collapsed", "RankMe", "50.0 %", "Total loss"):
         assert part in page, part
     assert "No metrics were logged" in run_report([], title="run")
+
+
+def test_run_report_shows_pictures_recipe_and_how_far_it_is():
+    rows = [{"step": 10, "total_steps": 40, "loss/total": 9.0}]
+    first, middle, last = (b"\x89PNG\r\n\x1a\n" + text for text in (b"first", b"middle", b"last"))
+    encoded = {name: base64.b64encode(name).decode() for name in (first, middle, last)}
+    page = run_report(rows, title="r", crops=first, maps=[(5, first), (7, middle), (9, last)], recipe="a: <b>\n")
+    assert "Not finished: this page shows it at step 10 of 40." in page and "of 40" in page
+    assert page.count(encoded[first]) == 2 and page.count(encoded[last]) == 1 and encoded[middle] not in page
+    assert "First evaluation, step 5." in page and "Newest evaluation, step 9." in page
+    assert "<pre>a: &lt;b&gt;</pre></details>" in page
+    plain = run_report([{"step": 40, "total_steps": 40, "loss/total": 9.0}], title="r", maps=[(5, first)])
+    assert "Not finished" not in plain and "Newest evaluation" not in plain and "<details>" not in plain
+
+
+def test_run_report_lists_the_newest_findings():
+    page = run_report([{"step": 1, "loss/total": 9.0}], title="r", messages=[f"finding {i}!" for i in range(20)])
+    assert "12 earlier findings are in the log." in page
+    assert "finding 12!" in page and "finding 19!" in page and "finding 11!" not in page
 
 
 def test_results_report_shows_figures_with_intervals_and_settings():

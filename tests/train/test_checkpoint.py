@@ -64,7 +64,7 @@ def test_another_model_is_refused_by_name(tiny, tmp_path):
 def test_another_format_is_refused(tiny, tmp_path):
     path = save_checkpoint(tmp_path, 1, **parts(tiny), state={})
     (path / "state.json").write_text('{"format": 99, "step": 1}')
-    with pytest.raises(InputError, match="found checkpoint format 99, expected 1"):
+    with pytest.raises(InputError, match="found checkpoint format 99, expected 2"):
         load_checkpoint(path, **parts(tiny))
 
 

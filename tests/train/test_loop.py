@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from dinov2cli.artifacts.run import Journal, read_metrics
-from dinov2cli.errors import Preempted, WorkError
+from dinov2cli.data.crops import MultiCrop
+from dinov2cli.data.loader import CropLoader
+from dinov2cli.data.source import open_source
+from dinov2cli.errors import Preempted, UserError, WorkError
 from dinov2cli.train.checkpoint import latest_checkpoint, list_checkpoints
+from dinov2cli.train.parallel import setup
 from dinov2cli.train.schedules import RunLength
 from dinov2cli.train.ssl import Objective
 
@@ -149,15 +153,38 @@ def test_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path):
             with torch.no_grad():
                 model.student.backbone.norm.weight.fill_(float("nan"))
 
-    text = r"the loss is not finite at step 7; .* step_00000005; start again with a lower optim\.lr"
+    text = r"not finite in 3 steps in a row, the last seen at step 9; .* step_00000005; start again with a lower"
     with pytest.raises(WorkError, match=text):
-        tiny.tiny_train(run, 12, model=model, on_metrics=poison)
+        tiny.tiny_train(run, 12, model=model, on_metrics=poison, max_bad_steps=3)
     assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [5]
-    assert [line["step"] for line in read_metrics(run)][-1] == 6
+    lines = read_metrics(run)
+    assert [(line["step"], line["skipped"]) for line in lines[-3:]] == [(6, 0), (7, 1), (8, 1)]
+    assert lines[-1]["loss/total"] is None
+    assert "step 7: 1 of the last steps skipped, loss or gradient was not finite" in (run / "log.txt").read_text()
+
+
+def test_a_single_bad_step_leaves_the_student_as_it_was(tiny, tmp_path):
+    model, seen = tiny.tiny_model(), {}
+
+    class Poisoned(tiny.TileLoader):
+        """Every pixel of batch 3 becomes NaN in the augmentation below."""
+
+    def augment(global_crops, local_crops, *, seed, epoch, sample):
+        factor = float("nan") if int(epoch[0]) == 3 else 1.0
+        return global_crops.float() / 255 * factor, local_crops.float() / 255
+
+    def watch(line, total):
+        seen[line["step"]] = {k: v.clone() for k, v in model.student.state_dict().items()}
+
+    tiny.tiny_train(tmp_path, 6, model=model, augment=augment, on_metrics=watch, phase={"loader": Poisoned()})
+    assert [line["skipped"] for line in read_metrics(tmp_path)] == [0, 0, 0, 1, 0, 0]
+    assert all(torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
+    assert not all(torch.equal(seen[4][name], seen[5][name]) for name in seen[4])
+    assert all(torch.isfinite(value).all() for value in model.teacher.state_dict().values())
 
 
 def test_loss_decreases_on_real_tiles(tiny, tmp_path):
-    tiny.tiny_train(tmp_path, 120, log_every=20, checkpoint_every=0, objective=Objective(koleo_weight=0.0))
+    tiny.tiny_train(tmp_path, 120, log_every=20, checkpoint_every=0, step={"objective": Objective(koleo_weight=0.0)})
     losses = [line["loss/total"] for line in read_metrics(tmp_path)]
     # Uniform predictions over 64 prototypes cost log 64 in DINO and, with half of the crops masked, half of it in iBOT.
     assert losses[-1] < 1.5 * math.log(64) - 0.08
@@ -183,7 +210,7 @@ def test_online_evaluation_is_added_to_its_line(tiny, tmp_path):
 
 
 def test_a_time_budget_ends_near_its_time(tiny, tmp_path):
-    result = tiny.tiny_train(tmp_path, 0, length=RunLength(seconds=2.0))
+    result = tiny.tiny_train(tmp_path, 0, phase={"length": RunLength(seconds=2.0)})
     lines = read_metrics(tmp_path)
     assert result.step == lines[-1]["total_steps"] == lines[-1]["step"]
     assert lines[-1]["lr"] < 0.1 * max(line["lr"] for line in lines)  # the schedule has reached its end
@@ -198,3 +225,63 @@ def test_a_disk_that_refuses_is_explained(tmp_path):
 def test_numbers_json_cannot_hold_become_null(tmp_path):
     Journal(tmp_path).metrics({"step": 1, "grad_norm": float("inf")})
     assert read_metrics(tmp_path) == [{"step": 1, "grad_norm": None}]
+
+
+def two_phases(tiny, steps: int = 6) -> dict:
+    """A run at 32 pixels, then one at 48 with a smaller learning rate and batch."""
+    high = MultiCrop(global_size=48, local_size=24, local_number=2)
+    loader = CropLoader(open_source("demo:digits?count=40"), crop=high, batch_size=4, seed=1, workers=0)
+    second = {"batch_size": 4, "global_size": 48, "loader": loader, "seed": 1, "lr": 2e-4}
+    return {"phases": [tiny.tiny_phase(steps), tiny.tiny_phase(4, **second)]}
+
+
+def test_a_high_resolution_phase_follows_with_schedules_of_its_own(tiny, tmp_path):
+    model = tiny.tiny_model()
+    result = tiny.tiny_train(tmp_path, 0, model=model, **two_phases(tiny))
+    assert (result.step, result.images) == (10, 6 * 8 + 4 * 4)
+    lines = read_metrics(tmp_path)
+    assert [line["global_size"] for line in lines] == [32] * 6 + [48] * 4
+    assert {line["total_steps"] for line in lines} == {10}
+    assert lines[6]["lr"] < lines[5]["lr"] * 0.5 or lines[7]["lr"] <= 2e-4  # its own warm-up, its own scale
+    assert model.student.backbone.grid == model.teacher.backbone.grid == 6
+    assert "step 6: phase 2 begins, 48 pixels" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("last", [5, 6, 9])
+def test_a_run_of_phases_continues_bit_for_bit_from_either(tiny, tmp_path, last):
+    tiny.tiny_train(tmp_path / "whole", 0, **two_phases(tiny), checkpoint_every=1, keep=0)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step, path in list_checkpoints(tmp_path / "cut/checkpoints"):
+        if step > last:
+            shutil.rmtree(path)
+    tiny.tiny_train(tmp_path / "cut", 0, **two_phases(tiny), checkpoint_every=1, keep=0)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_accumulation_averages_the_gradients_of_the_parts(tiny, tmp_path):
+    """Without terms that look across images, two halves give the step of the whole batch."""
+    apart = {"objective": Objective(koleo_weight=0.0), "mask_probability": 0.0}
+    ends = []
+    for name, parts in (("whole", 1), ("halves", 2)):
+        model = tiny.tiny_model(centering="none")
+        model.student.backbone.set_drop_path(0.0)
+        exact = setup("cpu", "fp32")
+        tiny.tiny_train(tmp_path / name, 2, model=model, step=apart | {"accumulate": parts}, parallel=exact)
+        ends.append(dict(model.student.state_dict()))
+    losses = [[line["loss/total"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-5, msg=name)
+    with pytest.raises(UserError, match=r"train\.accumulate: found 3 parts of 8 images; expected a divisor"):
+        tiny.tiny_train(tmp_path / "three", 2, step={"accumulate": 3})
+
+
+def test_activation_checkpointing_changes_nothing(tiny, tmp_path):
+    ends = []
+    for recompute in (False, True):
+        model = tiny.tiny_model()
+        model.student.backbone.activation_checkpointing = recompute
+        tiny.tiny_train(tmp_path / str(recompute), 2, model=model)
+        ends.append(weights(tmp_path / str(recompute)))
+    assert ends[0] == ends[1]

@@ -1,6 +1,7 @@
 """A small real run for the tests, here or as `python tiny_run.py RUN STEPS`: tiles of a photograph of scikit-learn."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.loader import CropLoader
 from dinov2cli.data.source import open_source
 from dinov2cli.models.vit import VisionTransformer
-from dinov2cli.train.loop import TrainResult, train
+from dinov2cli.train.loop import Phase, TrainResult, train
 from dinov2cli.train.optim import build_optimizer
 from dinov2cli.train.parallel import setup
 from dinov2cli.train.schedules import RunLength, Schedules
 from dinov2cli.train.ssl import Objective, SSLModel, build_ssl_model
+from dinov2cli.train.step import Settings
 
 BATCH, SEED = 8, 7
 
@@ -63,25 +65,41 @@ def tiny_model(*, centering: str = "sinkhorn", embed_dim: int = 32) -> SSLModel:
     return build_ssl_model(backbone, prototypes=64, hidden=64, bottleneck=32, layers=2, centering=centering, seed=SEED)
 
 
-def tiny_train(run: Path, steps: int, *, model: SSLModel | None = None, lr: float = 2e-3, **settings) -> TrainResult:
-    """Train to `steps` of a run whose schedules are laid out for `steps` (or settings['length'])."""
-    run.mkdir(parents=True, exist_ok=True)
-    model = model or tiny_model()
+def tiny_phase(steps: int = 0, *, lr: float = 2e-3, **changes) -> Phase:
+    """A phase of `steps` steps, or of changes['length']."""
     defaults = {
-        "objective": Objective(),
-        "optimizer": build_optimizer(model.student, depth=2, layerwise_decay=0.9),
         "schedules": Schedules(lr=lr, momentum=0.9),
         "length": RunLength(total=steps),
         "loader": TileLoader(),
-        "augment": Augment(),
         "batch_size": BATCH,
         "global_size": 32,
-        "parallel": setup("cpu"),
         "seed": SEED,
+    }
+    return Phase(**(defaults | changes))
+
+
+def tiny_train(
+    run: Path,
+    steps: int,
+    *,
+    model: SSLModel | None = None,
+    lr: float = 2e-3,
+    phase: dict | None = None,
+    step: dict | None = None,
+    **arguments,
+) -> TrainResult:
+    """Train to `steps` of a run laid out for `steps`; `phase`, `step` and `arguments` change what `train` is given."""
+    run.mkdir(parents=True, exist_ok=True)
+    defaults = {
+        "make_optimizer": partial(build_optimizer, depth=2, layerwise_decay=0.9),
+        "phases": [tiny_phase(steps, lr=lr, **(phase or {}))],
+        "settings": Settings(**({"objective": Objective(), "seed": SEED} | (step or {}))),
+        "augment": Augment(),
+        "parallel": setup("cpu"),
         "checkpoint_every": 5,
         "log_every": 1,
     }
-    return train(run, model=model, **(defaults | settings))
+    return train(run, model=model or tiny_model(), **(defaults | arguments))
 
 
 def worker_loader() -> CropLoader:
@@ -96,6 +114,6 @@ if __name__ == "__main__":
     tiny_train(
         Path(sys.argv[1]),
         int(sys.argv[2]),
-        loader=loader,
+        phase={"loader": loader},
         on_metrics=lambda line, total: print(line["step"], flush=True),
     )

@@ -1,0 +1,161 @@
+"""One optimisation step: augment, mask, losses, backward, clip, AdamW, EMA.
+
+Everything random is keyed on (seed, step), so a resumed run repeats an uninterrupted one bit for bit on the CPU. A step
+whose loss or gradient is not finite leaves the student and its moments as they were.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2cli.data.masks import make_masks
+from dinov2cli.errors import UserError
+from dinov2cli.train.ema import ema_update, pair_parameters
+from dinov2cli.train.optim import apply_schedule, clip_gradients
+from dinov2cli.train.parallel import Parallel
+from dinov2cli.train.schedules import StepValues
+from dinov2cli.train.ssl import Objective, SSLModel, SSLStep, ssl_losses
+
+_MASKS, _DEPTH = (1 << 63) + 1, (1 << 63) + 2
+
+
+class Augmentation(Protocol):
+    """Colour augmentation and normalisation on the device, keyed on (seed, epoch, sample)."""
+
+    def __call__(
+        self, global_crops: Tensor, local_crops: Tensor, *, seed: int, epoch: Tensor, sample: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+FirstBatch = Callable[[Tensor, Tensor | None, Tensor], None]
+"""Told of the first batch trained on: augmented crops [2, B, 3, S, S], [L, B, 3, s, s] or None, masks [2 * B, N]."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step needs to know and no batch changes. `clip` is per sub-module, None only measures.
+
+    `accumulate` splits a batch into that many equal parts, whose gradients are averaged: Sinkhorn, KoLeo and stochastic
+    depth then see one part at a time, and only the memory of one part is needed.
+    """
+
+    objective: Objective
+    seed: int = 0
+    mask_probability: float = 0.5
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    clip: float | None = 3.0
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean losses by name with their `total`, gradient norms, the last part's features, and whether it was skipped."""
+
+    losses: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    views: SSLStep
+    skipped: Tensor
+
+
+def step_rng(seed: int, step: int, purpose: int) -> np.random.Generator:
+    """Random numbers of one step: Philox keyed on (seed, purpose), the step as the top word of its counter."""
+    word = (1 << 64) - 1
+    key = np.array([seed & word, purpose & word], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(counter=np.array([0, 0, 0, step], dtype=np.uint64), key=key))
+
+
+class Stepper:
+    """Makes the steps of one phase. `batch_size` images per rank, global crops of `grid` patches.
+
+    Raises UserError if the batch cannot be split evenly into `settings.accumulate` parts of two or more.
+    """
+
+    def __init__(
+        self,
+        model: SSLModel,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        *,
+        augment: Augmentation,
+        parallel: Parallel,
+        batch_size: int,
+        grid: tuple[int, int],
+    ) -> None:
+        if batch_size % settings.accumulate or (settings.accumulate > 1 and batch_size < 2 * settings.accumulate):
+            raise UserError(
+                f"train.accumulate: found {settings.accumulate} parts of {batch_size} images; "
+                "expected a divisor of data.batch_size that leaves 2 images or more"
+            )
+        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.augment, self.parallel, self.batch_size, self.grid = augment, parallel, batch_size, grid
+        self.scaler = parallel.grad_scaler()
+        self.averaged = pair_parameters(model.teacher, model.student)
+        self.clipped = {name: list(part.parameters()) for name, part in model.student.named_children()}
+
+    def __call__(
+        self, batch: Mapping[str, Any], values: StepValues, step: int, *, seed: int, told: FirstBatch | None = None
+    ) -> StepResult:
+        """Train on `batch` (uint8 crops, see BatchSource). `seed` is the phase's; `told` sees the augmented crops."""
+        device = self.parallel.device
+        crops = self.augment(
+            batch["global_crops"].to(device, non_blocking=True),
+            batch["local_crops"].to(device, non_blocking=True),
+            seed=seed,
+            epoch=batch["epoch"],
+            sample=batch["index"],
+        )
+        masks = make_masks(
+            2 * self.batch_size,
+            self.grid,
+            rng=step_rng(self.settings.seed, step, _MASKS + 2 * self.parallel.rank),
+            probability=self.settings.mask_probability,
+            ratio_min=self.settings.mask_ratio[0],
+            ratio_max=self.settings.mask_ratio[1],
+        )
+        if told is not None:
+            told(crops[0], crops[1] if len(crops[1]) else None, masks)
+        apply_schedule(self.optimizer, values)
+        self.optimizer.zero_grad(set_to_none=True)
+        views, losses = self._backward(*crops, masks.to(device), values, step)
+        self.scaler.unscale_(self.optimizer)
+        norms = clip_gradients(self.clipped, self.settings.clip)
+        skipped = ~torch.isfinite(losses["total"])
+        if not self.scaler.is_enabled():  # the scaler looks for itself, and lowers its scale
+            skipped = skipped | ~torch.isfinite(norms["all"])
+            # Fused AdamW leaves weights and moments alone where this is 1, without the host having to look.
+            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        ema_update(*self.averaged, values.momentum)
+        return StepResult(losses, norms, views, skipped)
+
+    def _backward(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, values: StepValues, step: int
+    ) -> tuple[SSLStep, dict[str, Tensor]]:
+        """Accumulate gradients over the parts of a batch: features of the last one, losses averaged over all."""
+        parts = self.settings.accumulate
+        size = self.batch_size // parts
+        by_crop = masks.unflatten(0, (2, self.batch_size))
+        depth_seed = step_rng(self.settings.seed, step, _DEPTH + 2 * self.parallel.rank).integers(1 << 63)
+        generator = torch.Generator().manual_seed(int(depth_seed))
+        losses: dict[str, Tensor] = {}
+        for part in (slice(i * size, (i + 1) * size) for i in range(parts)):
+            with self.parallel.autocast():
+                views = ssl_losses(
+                    self.model,
+                    self.settings.objective,
+                    global_crops=global_crops[:, part],
+                    local_crops=local_crops[:, part],
+                    masks=by_crop[:, part].flatten(0, 1),
+                    teacher_temperature=values.teacher_temperature,
+                    generator=generator,
+                    group=self.parallel.group,
+                )
+            self.scaler.scale(views.total / parts).backward()
+            for name, value in {"total": views.total.detach(), **views.terms}.items():
+                losses[name] = losses[name] + value / parts if name in losses else value / parts
+        return views, losses

@@ -1,0 +1,316 @@
+#!/usr/bin/env bash
+# Ablation studies of the method at any size: every arm is trained and measured alike, and one table compares them.
+#
+#   recipes/ablations.sh --study NAME --data DATA --test DATA -o OUT [options]
+#
+# Studies
+#   loss         the full objective, then without KoLeo, iBOT, DINO, Sinkhorn-Knopp, untied heads, one at a time
+#   resolution   low, high, and low with a short last phase at high; each measured at both sizes
+#   size         architectures of growing size
+#   ladder       from an iBOT-like baseline to the full method, each row adding to the one before
+#
+# Options
+#   --study NAME              loss, resolution, size or ladder
+#   --data DATA               images to train on; their labels serve the measuring only
+#   --test DATA               labelled images to measure on
+#   -o, --out OUT             OUT/NAME/ARM-sSEED/ holds run/ and results, OUT/NAME/table.md and table.csv the summary
+#   --train DATA              labelled images the measuring learns from                        (default: --data)
+#   --config RECIPE           recipe of every arm                                              (default: tiny-cpu)
+#   --budget AMOUNT           length of every run, as '300 steps' or '20000 images'            (default: the recipe's)
+#   --seeds LIST              as 0,1                                                           (default: 0)
+#   --tasks LIST              knn, linear or both, as knn,linear                               (default: knn)
+#   --only LIST               these arms alone, as full,no-koleo
+#   --set KEY=VALUE           a setting of every arm; may be repeated; an arm's own settings win
+#   --device NAME             cpu, cuda …, for every command
+#   --workers N               processes that decode images, for every command
+#   --dry-run                 print the commands, one per line, and run nothing
+#   -h, --help                this text
+# resolution
+#   --low GLOBAL[,LOCAL]      crop sizes in pixels; local: half of global                      (default: 32)
+#   --high GLOBAL[,LOCAL]     the same at high resolution                                      (default: 64)
+#   --phase-budget AMOUNT     length of the last phase                                         (default: 100 steps)
+# size
+#   --archs LIST              names, each with dimensions of its own if wanted, NAME:WIDTHxDEPTHxHEADS
+#                             (default: vitt8:64x4x1,vitt8,vitt8:192x6x3)
+# ladder; the defaults fit tiny-cpu
+#   --ladder-patch FROM,TO         patch size                                                  (default: 16,8)
+#   --ladder-local FROM,TO         local crop, where the recipe's is no multiple of both patches
+#   --ladder-prototypes FROM,TO                                                                (default: 64,128)
+#   --ladder-momentum FROM,TO      of the teacher                                              (default: 0.987,0.98)
+#   --ladder-warmup FROM,TO        of the learning rate, a share of the run                    (default: 0.05,0.1)
+#   --ladder-batch FROM,TO         images per step                                             (default: 32,64)
+#   --ladder-layerscale GAIN                                                                   (default: 1.0)
+#   --ladder-drop-path RATE        stochastic depth                                            (default: 0.1)
+#
+# Examples
+#   recipes/ablations.sh --study loss --data demo:photos --test 'demo:photos?split=test' -o ablations --seeds 0,1
+#   recipes/ablations.sh --study resolution --data train/ --test 'val/?label=folder' --train 'train/?label=folder' \
+#     -o ablations --config vits14-short --low 224,98 --high 518,224 --phase-budget '10000 steps' --tasks knn,linear
+#   recipes/ablations.sh --study size --data train/ --test 'val/?label=folder' --train 'train/?label=folder' \
+#     -o ablations --config vits14-short --archs vits14,vitb14,vitl14
+#   recipes/ablations.sh --study ladder --data train/ --test 'val/?label=folder' --train 'train/?label=folder' \
+#     -o ablations --config vitl14-long --ladder-patch 16,14 --ladder-local 96,98 --ladder-prototypes 65536,131072 \
+#     --ladder-momentum 0.996,0.994 --ladder-warmup 0.1,0.16 --ladder-batch 16,32 --ladder-layerscale 1.0e-5 \
+#     --ladder-drop-path 0.4
+#
+# The same line again continues where it stopped. An arm that fails is named in the table and the others go on; the exit
+# code is then 1. 0 done, 2 usage, 75 and 130 stopped by a signal.
+set -euo pipefail
+
+fail() {
+  echo "ablations.sh: $1; see --help" >&2
+  exit 2
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+study='' data='' test='' train='' out='' config=tiny-cpu budget='' seeds=0 tasks=knn only='' dry=''
+low=32 high=64 phase_budget='100 steps' archs=vitt8:64x4x1,vitt8,vitt8:192x6x3
+patch=16,8 local_crop='' prototypes=64,128 momentum=0.987,0.98 warmup=0.05,0.1 batch=32,64 layerscale=1.0 drop_path=0.1
+common=() machine=()
+
+quoted() {
+  local word text=''
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=,+-]*) if [[ $word == *\'* ]]; then word=$(printf '%q' "$word"); else word="'$word'"; fi ;;
+    esac
+    text="$text $word"
+  done
+  echo "${text# }"
+}
+
+line=$(quoted "$(basename "$0")" "$@")
+
+while [[ $# -gt 0 ]]; do
+  option=$1
+  shift
+  case $option in
+    --dry-run) dry=yes; continue ;;
+    -h | --help) sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --*=*) set -- "${option#*=}" "$@"; option=${option%%=*} ;;
+  esac
+  case $option in
+    --study | --data | --test | --train | -o | --out | --config | --budget | --seeds | --tasks | --only | --set | \
+      --device | --workers | --low | --high | --phase-budget | --archs | --ladder-*) ;;
+    *) fail "unknown option $option" ;;
+  esac
+  [[ $# -gt 0 && -n $1 ]] || fail "$option needs a value"
+  case $option in
+    --study) study=$1 ;;
+    --data) data=$1 ;;
+    --test) test=$1 ;;
+    --train) train=$1 ;;
+    -o | --out) out=$1 ;;
+    --config) config=$1 ;;
+    --budget) budget=$1 ;;
+    --seeds) seeds=$1 ;;
+    --tasks) tasks=$1 ;;
+    --only) only=$1 ;;
+    --set) common+=(--set "$1") ;;
+    --device | --workers) machine+=("$option" "$1") ;;
+    --low) low=$1 ;;
+    --high) high=$1 ;;
+    --phase-budget) phase_budget=$1 ;;
+    --archs) archs=$1 ;;
+    --ladder-patch) patch=$1 ;;
+    --ladder-local) local_crop=$1 ;;
+    --ladder-prototypes) prototypes=$1 ;;
+    --ladder-momentum) momentum=$1 ;;
+    --ladder-warmup) warmup=$1 ;;
+    --ladder-batch) batch=$1 ;;
+    --ladder-layerscale) layerscale=$1 ;;
+    --ladder-drop-path) drop_path=$1 ;;
+    *) fail "unknown option $option" ;;
+  esac
+  shift
+done
+
+for pair in study:"$study" data:"$data" test:"$test" out:"$out"; do
+  [[ -n ${pair#*:} ]] || fail "--${pair%%:*} is missing"
+done
+[[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--seeds $seeds: expected whole numbers, as 0,1"
+[[ $tasks =~ ^(knn|linear)(,(knn|linear))*$ ]] || fail "--tasks $tasks: expected knn, linear or both, as knn,linear"
+train=${train:-$data}
+for pair in patch:"$patch" prototypes:"$prototypes" momentum:"$momentum" warmup:"$warmup" batch:"$batch" \
+  local:"${local_crop:-0,0}"; do
+  [[ ${pair#*:} =~ ^[0-9.]+,[0-9.]+$ ]] || fail "--ladder-${pair%%:*} ${pair#*:}: expected two numbers, FROM,TO"
+done
+for pair in low:"$low" high:"$high"; do
+  [[ ${pair#*:} =~ ^[0-9]+(,[0-9]+)?$ ]] || fail "--${pair%%:*} ${pair#*:}: expected pixels, GLOBAL or GLOBAL,LOCAL"
+done
+
+# The arms in the order of the table: names[i] with all its settings, one per line, in full[i], and what the table says
+# of it before it has run in shown[i].
+names=() full=() shown=() sizes=('')
+arm() { # NAME SETTING…
+  names+=("$1")
+  shift
+  full+=("$(printf '%s\n' "$@")")
+  shown+=("$(printf '%s\t' "$@")")
+}
+
+rungs=()
+rung() { # NAME SETTING…: all settings so far and these, which take the place of earlier ones of the same key
+  local name=$1 new old kept
+  shift
+  for new in "$@"; do
+    kept=()
+    for old in ${rungs[@]+"${rungs[@]}"}; do
+      [[ ${old%%=*} == "${new%%=*}" ]] || kept+=("$old")
+    done
+    rungs=(${kept[@]+"${kept[@]}"} "$new")
+  done
+  arm "$name" "${rungs[@]}"
+  shown[${#shown[@]} - 1]=$(printf '%s\t' "$@")
+}
+
+case $study in
+  loss)
+    arm full
+    arm no-koleo loss.koleo_weight=0
+    # The paper's row is "without masked image modelling". Masks are there for the iBOT term, so they go with it: kept,
+    # they would be a further augmentation of the DINO term. (A weight of 0 in the released code leaves them on.)
+    arm no-ibot loss.ibot_weight=0 masks.probability=0
+    arm no-dino loss.dino_weight=0
+    arm softmax-centring loss.centering=softmax
+    arm tied-heads heads.untied=false
+    ;;
+  resolution)
+    half() { if [[ $1 == *,* ]]; then echo "${1#*,}"; else echo $(($1 / 2)); fi; }
+    low_local=$(half "$low") high_local=$(half "$high") low=${low%,*} high=${high%,*}
+    arm low "crops.global_size=$low" "crops.local_size=$low_local"
+    arm high "crops.global_size=$high" "crops.local_size=$high_local"
+    arm low-then-high "crops.global_size=$low" "crops.local_size=$low_local" \
+      "phases=[{budget: $phase_budget, global_size: $high, local_size: $high_local}]"
+    sizes=("$low" "$high")
+    ;;
+  size)
+    for entry in ${archs//,/ }; do
+      dims=${entry#"${entry%%:*}"}
+      [[ $dims =~ ^(:([0-9]+)x([0-9]+)x([0-9]+))?$ ]] || fail "--archs $entry: expected NAME or NAME:WIDTHxDEPTHxHEADS"
+      if [[ -n $dims ]]; then
+        arm "${entry/:/-}" "model.arch=${entry%%:*}" "model.embed_dim=${BASH_REMATCH[2]}" \
+          "model.depth=${BASH_REMATCH[3]}" "model.num_heads=${BASH_REMATCH[4]}"
+      else
+        arm "$entry" "model.arch=$entry"
+      fi
+    done
+    ;;
+  ladder)
+    # The recipes let the teacher's temperature rise three times as long as the learning rate; so do both ends here.
+    triple() { awk -v share="$1" 'BEGIN { printf "%g", 3 * share }'; }
+    rung baseline loss.centering=softmax heads.untied=false loss.koleo_weight=0 model.ffn=mlp model.layerscale=0 \
+      model.drop_path=0 "heads.prototypes=${prototypes%,*}" "model.patch_size=${patch%,*}" \
+      ${local_crop:+"crops.local_size=${local_crop%,*}"} "teacher.momentum=${momentum%,*}" \
+      "optim.warmup=${warmup%,*}" "loss.teacher_temperature_warmup=$(triple "${warmup%,*}")" \
+      "data.batch_size=${batch%,*}"
+    rung layerscale-drop-path "model.layerscale=$layerscale" "model.drop_path=$drop_path"
+    rung prototypes "heads.prototypes=${prototypes#*,}"
+    rung koleo loss.koleo_weight=0.1
+    rung swiglu model.ffn=swiglu
+    rung patch "model.patch_size=${patch#*,}" ${local_crop:+"crops.local_size=${local_crop#*,}"}
+    rung momentum "teacher.momentum=${momentum#*,}"
+    rung warmup "optim.warmup=${warmup#*,}" "loss.teacher_temperature_warmup=$(triple "${warmup#*,}")"
+    # A budget in steps shows more images from here on; one in images holds them equal and takes fewer steps.
+    rung batch "data.batch_size=${batch#*,}"
+    rung sinkhorn loss.centering=sinkhorn
+    rung untied-heads heads.untied=true
+    ;;
+  *) fail "--study $study: expected loss, resolution, size or ladder" ;;
+esac
+
+for name in ${only//,/ }; do
+  [[ " ${names[*]} " == *" $name "* ]] || fail "--only $name: the arms of $study are ${names[*]}"
+done
+
+if command -v dinov2 >/dev/null; then
+  dinov2=(dinov2)
+elif command -v python >/dev/null; then
+  dinov2=(python -m dinov2cli)
+else
+  dinov2=(python3 -m dinov2cli)
+fi
+python=$(command -v python3 || command -v python) || fail "no python found"
+
+# A command runs in the background with the signals of a foreground one, so that SIGTERM sent to this script alone, as a
+# scheduler does, reaches it at once. Ctrl-C goes to both of them anyway.
+child='' stop='' again=''
+trap 'stop=130 again=yes' INT
+trap 'stop=75 again=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM USR1
+run() {
+  (
+    trap - INT QUIT TERM USR1
+    exec "$@"
+  ) >/dev/null &
+  child=$!
+  [[ $stop != 75 ]] || kill -TERM "$child" # sent before there was a child to pass it to
+  while :; do
+    again='' code=0
+    wait "$child" || code=$?
+    [[ -n $again ]] || break # a signal ends wait early: the command is still saving
+  done
+  child=''
+  if [[ -z $stop && ($code -eq 75 || $code -eq 130) ]]; then stop=$code; fi
+}
+
+failed=0
+step() { # PLACE STEP COMMAND…: run or print one command; a failure is written down for the table
+  local place=$1 name=$2
+  shift 2
+  if [[ -n $dry ]]; then
+    quoted "$@"
+    return 0
+  fi
+  [[ -n $stop ]] || run "$@"
+  [[ -z $stop ]] || finish "$stop"
+  [[ $code -ne 0 ]] || return 0
+  echo "ablations.sh: $place: $name failed with exit code $code; the other arms go on" >&2
+  echo "$name exit $code" >>"$place/failed"
+  failed=1
+  return 1
+}
+
+finish() { # EXIT_CODE: make the table of what there is
+  "$python" "$here/ablations_table.py" "$out/$study" >&2 || exit 1
+  [[ -t 1 ]] || echo "$out/$study/table.md"
+  exit "$1"
+}
+
+if [[ -z $dry ]]; then
+  mkdir -p "$out/$study"
+  {
+    printf 'command\t%s\n' "$line"
+    printf 'results'
+    for task in ${tasks//,/ }; do for size in "${sizes[@]}"; do printf '\t%s' "$task${size:+-$size}"; done; done
+    echo
+    for i in "${!names[@]}"; do printf 'arm\t%s\t%s\n' "${names[i]}" "${shown[i]}"; done
+  } >"$out/$study/study.tsv"
+fi
+
+for seed in ${seeds//,/ }; do
+  for i in "${!names[@]}"; do
+    [[ -z $only || ",$only," == *",${names[i]},"* ]] || continue
+    place=$out/$study/${names[i]}-s$seed
+    own=()
+    while IFS= read -r setting; do
+      [[ -z $setting ]] || own+=(--set "$setting")
+    done <<<"${full[i]}"
+    if [[ -z $dry ]]; then
+      echo "== $study: ${names[i]}, seed $seed" >&2
+      mkdir -p "$place"
+      rm -f "$place/failed"
+    fi
+    step "$place" pretrain "${dinov2[@]}" pretrain "$data" -o "$place/run" --config "$config" \
+      ${budget:+--budget "$budget"} --seed "$seed" ${common[@]+"${common[@]}"} ${own[@]+"${own[@]}"} \
+      ${machine[@]+"${machine[@]}"} || continue
+    for task in ${tasks//,/ }; do
+      for size in "${sizes[@]}"; do
+        result=$task${size:+-$size}
+        step "$place" "$result" "${dinov2[@]}" eval "$task" "$place/run" --train "$train" --test "$test" \
+          -o "$place/$result" ${size:+--set "image_size=$size"} ${machine[@]+"${machine[@]}"} || true
+      done
+    done
+  done
+done
+
+[[ -n $dry ]] || finish "$failed"

@@ -1,0 +1,150 @@
+"""The table of an ablation study, made from what is on disk: OUT/STUDY/table.md and table.csv.
+
+`ablations.sh` calls it at its end; `python recipes/ablations_table.py OUT/STUDY` makes it again. Standard library only.
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+HEADLINE = {"knn": "top1_k20"}  # of a task's figures the one shown in table.md, where it is there; else the first
+NOTE = (
+    "In brackets: with one seed the 95 % interval over the test images, with several the lowest and the highest seed. "
+    "Change: points against {other}, over the seeds that both have."
+)
+
+
+@dataclass
+class Arm:
+    """One row: what is on disk of its seeds. `figures` holds {figure: {seed: (value, low, high)}}."""
+
+    name: str
+    asked: list[str]
+    config: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    figures: dict[str, dict[int, tuple[float, float, float]]] = field(default_factory=dict)
+    costs: list[tuple[float, float, float]] = field(default_factory=list)  # steps, images, seconds of each run
+    state: list[str] = field(default_factory=list)
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def complete(place: Path) -> bool:
+    """Whether a directory of the program is there and finished: then all its files are whole."""
+    try:
+        return bool(json.loads((place / "manifest.json").read_text(encoding="utf-8"))["complete"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def read_seed(arm: Arm, seed: int, place: Path, expected: list[str]) -> None:
+    """Add one run and its results to `arm`; of a step that failed, nothing but that it did."""
+    mark = place / "failed"
+    failed = dict(line.split(" ", 1) for line in mark.read_text().splitlines()) if mark.is_file() else {}
+    arm.state += [f"seed {seed}: {step} failed ({code})" for step, code in failed.items()]
+    for step in ["run", *([] if "pretrain" in failed else expected)]:
+        if not failed.keys() & {step, "pretrain"} and not complete(place / step):
+            arm.state.append(f"seed {seed}: {step} unfinished")
+    if "pretrain" in failed or not complete(place / "run"):
+        return
+    arm.seeds.append(seed)
+    arm.config = arm.config or flat(json.loads((place / "run" / "manifest.json").read_text(encoding="utf-8"))["config"])
+    last = json.loads((place / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    arm.costs.append((last["step"], last["images"], last["seconds"]))
+    for file in sorted(place.glob("*/results.json")):
+        if file.parent.name not in failed and complete(file.parent):
+            for row in json.loads(file.read_text(encoding="utf-8")):
+                found = arm.figures.setdefault(f"{file.parent.name}/{row['metric']}", {})
+                found[seed] = (row["value"], row["ci_low"], row["ci_high"])
+
+
+def read_study(study: Path) -> tuple[str, list[Arm]]:
+    """The command of the study and its arms, in order, with what is on disk of each."""
+    rows = [line.split("\t") for line in (study / "study.tsv").read_text(encoding="utf-8").splitlines()]
+    facts = {kind: rest for kind, *rest in rows if kind != "arm"}
+    arms = [Arm(name, [s for s in asked if s]) for kind, name, *asked in rows if kind == "arm"]
+    for arm in arms:
+        ends = {place.name.removeprefix(f"{arm.name}-s"): place for place in study.iterdir()}
+        for seed in sorted(int(end) for end in ends if end.isdecimal()):
+            read_seed(arm, seed, ends[str(seed)], facts["results"])
+    return facts["command"][0], arms
+
+
+def changed(arm: Arm, other: Arm | None) -> str:
+    """The settings in which a run differs from the one it is compared with; before there are both, those asked for."""
+    asked = ", ".join(arm.asked) or "the recipe"
+    if other is None or not arm.config or not other.config:
+        return asked
+    keys = [key for key in arm.config if key != "seed" and arm.config[key] != other.config.get(key)]
+    return ", ".join(f"{key}={json.dumps(arm.config[key]).strip(chr(34))}" for key in keys) or f"nothing ({asked})"
+
+
+def row_of(arm: Arm, other: Arm | None, figures: list[str]) -> dict[str, Any]:
+    """One row of table.csv; what is not known is left empty."""
+    row: dict[str, Any] = {"arm": arm.name, "changed": changed(arm, other), "seeds": ",".join(map(str, arm.seeds))}
+    for name in figures:
+        found, before = arm.figures.get(name, {}), other.figures.get(name, {}) if other else {}
+        values = [value for value, _, _ in found.values()]
+        if values:
+            low, high = next(iter(found.values()))[1:] if len(values) == 1 else (min(values), max(values))
+            row |= {name: fmean(values), f"{name}/low": low, f"{name}/high": high}
+        both = [found[seed][0] - before[seed][0] for seed in found if seed in before]
+        row |= {f"{name}/change": fmean(both)} if both else {}
+    if arm.costs:
+        steps, images, seconds = (fmean(column) for column in zip(*arm.costs, strict=True))
+        row |= {"steps": round(steps), "images": round(images)}
+        row |= {"images_per_s": images / max(seconds, 1e-9), "minutes": seconds / 60}
+    return row | {"state": "; ".join(arm.state) or "done"}
+
+
+def markdown(rows: list[dict[str, Any]], figures: list[str]) -> list[str]:
+    """The lines of the readable table: of every task its headline."""
+    shown: dict[str, str] = {}
+    for name in figures:
+        task, _, metric = name.partition("/")
+        if task not in shown or metric == HEADLINE.get(task.split("-")[0]):
+            shown[task] = name
+    heads = [cell for name in shown.values() for cell in (name.replace("/", " "), "change")]
+    table = [["arm", "what changed", "seeds", *heads, "steps", "images", "images/s", "minutes", "state"]]
+    for row in rows:
+        cells = [row["arm"], row["changed"], row["seeds"]]
+        for name in shown.values():
+            low, high, change = (row.get(f"{name}/{part}") for part in ("low", "high", "change"))
+            cells.append("" if low is None else f"{row[name]:.1%} [{low:.1%}, {high:.1%}]")
+            cells.append("" if change is None else f"{100 * change:+.1f}")
+        for name, form in (("steps", ",d"), ("images", ",d"), ("images_per_s", ",.0f"), ("minutes", ".1f")):
+            cells.append(format(row[name], form) if name in row else "")
+        table.append([*cells, row["state"]])
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
+    return [lines[0], "| " + " | ".join("---" for _ in table[0]) + " |", *lines[1:]]
+
+
+def main(study: Path) -> None:
+    """Write both tables of a study directory and print the readable one."""
+    command, arms = read_study(study)
+    ladder = study.name == "ladder"
+    figures = list(dict.fromkeys(name for arm in arms for name in arm.figures))
+    others = [None, *arms[:-1]] if ladder else [None, *arms[:1] * (len(arms) - 1)]
+    rows = [row_of(a, b, figures) for a, b in zip(arms, others, strict=True) if a.seeds or a.state]
+    note = NOTE.format(other="the row before" if ladder else f"`{arms[0].name}`")
+    text = "\n".join([f"# Ablation: {study.name}", "", f"`{command}`", "", *markdown(rows, figures), "", note, ""])
+    (study / "table.md").write_text(text, encoding="utf-8")
+    parts = [f"{name}{part}" for name in figures for part in ("", "/low", "/high", "/change")]
+    columns = ["arm", "changed", "seeds", *parts, "steps", "images", "images_per_s", "minutes", "state"]
+    with open(study / "table.csv", "w", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, columns).writerows([dict(zip(columns, columns, strict=True)), *rows])
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,241 @@
+"""`recipes/ablations.sh`: the commands of every study are valid, a study runs, and what fails is told."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "recipes" / "ablations.sh"
+DATA, TEST = "demo:photos?count=72", "demo:photos?split=test&count=40"
+SHORT = [
+    *("--budget", "3 steps", "--device", "cpu", "--workers", "0", "--set", "data.batch_size=16"),
+    *("--set", "heads.hidden=32", "--set", "crops.local_number=2", "--set", "log.every=1"),
+]
+ARMS = {
+    "loss": "full no-koleo no-ibot no-dino softmax-centring tied-heads",
+    "resolution": "low high low-then-high",
+    "size": "vitt8-64x4x1 vitt8 vitt8-192x6x3",
+    "ladder": "baseline layerscale-drop-path prototypes koleo swiglu patch momentum warmup batch sinkhorn untied-heads",
+}
+# Stands in for `dinov2` where only the script is tested: ends with the code that the arm's name carries.
+STUB = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+trap 'exit 75' TERM
+case "$*" in *no-koleo*) exit "$CODE" ;; *sleep*) sleep 20 & wait ;; esac
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a shell where `dinov2` is this installation's."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+@pytest.fixture
+def ablations(tmp_path):
+    """Run the script in a directory of its own."""
+
+    def call(*arguments, **more) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", str(SCRIPT), *map(str, arguments)],
+            cwd=tmp_path,
+            env=environment(**more),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return call
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """The environment in which `dinov2` is STUB."""
+    program = tmp_path / "bin" / "dinov2"
+    program.parent.mkdir()
+    program.write_text(STUB)
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "CODE": "1"}
+
+
+def study(name: str, *more) -> list:
+    return ["--study", name, "--data", DATA, "--test", TEST, "-o", "out dir", *more]
+
+
+def table(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of a table.csv by arm."""
+    with open(path, newline="") as file:
+        return {row["arm"]: row for row in csv.DictReader(file)}
+
+
+def test_help_names_every_option(ablations):
+    done = ablations("--help")
+    assert done.returncode == 0
+    options = {word for word in SCRIPT.read_text().split() if word.startswith("--ladder-") and word[-1].isalpha()}
+    assert len(options) == 8
+    assert all(option in done.stdout for option in {"--study", "--dry-run", "--phase-budget", *options})
+    assert "set -euo" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (study("depth"), "loss, resolution, size or ladder"),
+        (study("loss", "--sedes", "1"), "unknown option --sedes"),
+        (study("loss", "--ladder-steps=1,2"), "unknown option --ladder-steps"),
+        (study("loss", "--only", "full,koleo"), "the arms of loss are full no-koleo"),
+        (study("loss", "--seeds", "one"), "--seeds one"),
+        (study("loss", "--tasks", "knn,depth"), "--tasks knn,depth"),
+        (study("ladder", "--ladder-patch", "16"), "--ladder-patch 16"),
+        (study("size", "--archs", "vitt8:64"), "--archs vitt8:64"),
+        (["--study", "loss", "--data"], "--data needs a value"),
+        (["--study", "loss", "--data", "x", "-o", "y"], "--test is missing"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(ablations, tmp_path, arguments, told):
+    done = ablations(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_command_of_a_study_is_valid(ablations, tmp_path, monkeypatch, capsys, name):
+    """What `--dry-run` prints is given to the program with its own `--dry-run`: settings, sizes and model."""
+    from dinov2cli.cli.main import run
+
+    arms = ARMS[name].split()
+    done = ablations(*study(name, "--seeds", "3", "--device", "cpu", "--dry-run"))
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert not list(tmp_path.iterdir())
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    pretrain = [words for words in commands if words[1] == "pretrain"]
+    assert [Path(words[words.index("-o") + 1]).parent.name for words in pretrain] == [f"{arm}-s3" for arm in arms]
+    assert len(commands) == len(arms) * (3 if name == "resolution" else 2)
+    monkeypatch.chdir(tmp_path)
+    for words in pretrain:
+        assert run([*words[1:], "--dry-run"]) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+
+
+def test_resolution_ends_with_a_phase_at_high_resolution(ablations):
+    done = ablations(*study("resolution", "--low=224,98", "--high=518,224", "--phase-budget", "10 epochs", "--dry-run"))
+    (phase,) = [line for line in done.stdout.splitlines() if "phases=" in line]
+    assert "'phases=[{budget: 10 epochs, global_size: 518, local_size: 224}]'" in phase
+    assert "--set crops.global_size=224 --set crops.local_size=98" in phase
+    sizes = [line.split("image_size=")[1].split()[0] for line in done.stdout.splitlines() if " eval " in line]
+    assert sizes == ["224", "518"] * 3
+
+
+def test_ladder_adds_to_the_row_before(ablations):
+    done = ablations(*study("ladder", "--ladder-patch", "16,14", "--ladder-local", "96,98", "--dry-run"))
+    rows = []
+    for line in done.stdout.splitlines():
+        words = shlex.split(line)
+        if words[1] == "pretrain":
+            settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+            rows.append(dict(setting.split("=", 1) for setting in settings))
+            assert len(rows[-1]) == len(settings)  # no key twice
+    changed = [{key for key in row if before.get(key) != row[key]} for before, row in pairwise(rows)]
+    assert changed[4] == {"model.patch_size", "crops.local_size"}
+    assert [len(keys) for keys in changed] == [2, 1, 1, 1, 2, 1, 2, 1, 1, 1]
+    assert all(before.keys() == row.keys() for before, row in pairwise(rows))
+
+
+def test_study_runs_and_a_rerun_does_nothing_again(ablations, tmp_path):
+    arguments = study("loss", *SHORT, "--only", "full,no-ibot")
+    done = ablations(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out dir/loss/table.md\n"
+    rows = table(tmp_path / "out dir" / "loss" / "table.csv")
+    assert list(rows) == ["full", "no-ibot"]
+    full, other = rows["full"], rows["no-ibot"]
+    assert full["changed"] == "the recipe"
+    assert other["changed"] == "loss.ibot_weight=0.0, masks.probability=0.0"
+    assert (full["seeds"], full["steps"], full["images"], full["state"]) == ("0", "3", "48", "done")
+    name = "knn/top1_k20"
+    assert float(full[f"{name}/low"]) <= float(full[name]) <= float(full[f"{name}/high"])
+    assert full[f"{name}/change"] == ""
+    assert float(other[f"{name}/change"]) == pytest.approx(float(other[name]) - float(full[name]))
+    readable = (tmp_path / "out dir" / "loss" / "table.md").read_text()
+    assert readable in done.stderr
+    assert f"| full | the recipe | 0 | {float(full[name]):.1%} [" in readable
+    again = ablations(*study("loss", *SHORT, "--only", "no-ibot"))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("already done") == 2
+    assert table(tmp_path / "out dir" / "loss" / "table.csv") == rows
+
+
+def test_failing_arm_is_told_and_the_others_go_on(ablations, tmp_path, stub):
+    done = ablations(*study("loss", "--only", "no-koleo,no-ibot", "--tasks", "knn,linear"), **stub)
+    assert done.returncode == 1
+    assert "no-koleo-s0: pretrain failed with exit code 1" in done.stderr
+    calls = Path(stub["CALLS"]).read_text().splitlines()
+    assert [call.split()[:2] for call in calls] == [["pretrain", DATA]] * 2 + [["eval", "knn"], ["eval", "linear"]]
+    rows = table(tmp_path / "out dir" / "loss" / "table.csv")
+    assert rows["no-koleo"]["state"] == "seed 0: pretrain failed (exit 1)"
+    assert rows["no-koleo"]["changed"] == "loss.koleo_weight=0"
+    assert "unfinished" in rows["no-ibot"]["state"]  # the stand-in writes no run
+
+
+@pytest.mark.parametrize("code", [75, 130])
+def test_stopped_arm_stops_the_study(ablations, tmp_path, stub, code):
+    done = ablations(*study("loss", "--only", "no-koleo,no-ibot"), **stub | {"CODE": str(code)})
+    assert done.returncode == code
+    assert len(Path(stub["CALLS"]).read_text().splitlines()) == 1
+    assert (tmp_path / "out dir" / "loss" / "table.md").is_file()
+
+
+def test_sigterm_to_the_script_alone_reaches_the_command(tmp_path, stub):
+    command = ["bash", str(SCRIPT), *study("loss", "--set", "sleep=1")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(**stub), stdout=pipe, stderr=pipe) as process:
+        deadline = time.monotonic() + 10
+        while not Path(stub["CALLS"]).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)  # for the stand-in to set its trap
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 75
+    assert len(Path(stub["CALLS"]).read_text().splitlines()) == 1
+    assert (tmp_path / "out dir" / "loss" / "table.md").is_file()
+
+
+def test_table_averages_seeds_and_compares_those_both_have(tmp_path):
+    """Seeds 0 and 1 of the first arm, seed 1 alone of the second; a third whose measuring failed."""
+    place = tmp_path / "size"
+    found = {("a", 0): 0.2, ("a", 1): 0.4, ("b", 1): 0.5, ("c", 0): 0.9}
+    for (arm, seed), value in found.items():
+        run, result = place / f"{arm}-s{seed}" / "run", place / f"{arm}-s{seed}" / "knn"
+        for folder in (run, result):
+            folder.mkdir(parents=True)
+            manifest = {"complete": True, "config": {"seed": seed, "model": {"arch": arm, "depth": 4}}}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 6, "images": 60, "seconds": 30.0}\n')
+        row = {"metric": "top1_k20", "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
+        (result / "results.json").write_text(json.dumps([row]))
+    (place / "c-s0" / "failed").write_text("knn exit 3\n")
+    (place / "study.tsv").write_text("command\tx\nresults\tknn\n" + "".join(f"arm\t{a}\tm={a}\n" for a in "abcd"))
+    subprocess.run([sys.executable, str(ROOT / "recipes" / "ablations_table.py"), str(place)], check=True)
+    rows = table(place / "table.csv")
+    assert list(rows) == ["a", "b", "c"]
+    name = "knn/top1_k20"
+    figures = {arm: [row[key] and float(row[key]) for key in (name, f"{name}/low", f"{name}/high", f"{name}/change")]
+               for arm, row in rows.items()}  # fmt: skip
+    assert figures["a"][:3] == pytest.approx([0.3, 0.2, 0.4])
+    assert figures["b"] == pytest.approx([0.5, 0.4, 0.6, 0.1])
+    assert figures["c"] == [""] * 4
+    assert (rows["a"]["seeds"], rows["a"]["images_per_s"], rows["a"]["minutes"]) == ("0,1", "2.0", "0.5")
+    assert (rows["b"]["changed"], rows["c"]["state"]) == ("model.arch=b", "seed 0: knn failed (exit 3)")
+    assert "| b | model.arch=b | 1 | 50.0% [40.0%, 60.0%] | +10.0 | 6 | 60 | 2 | 0.5 | done |" in (
+        (place / "table.md").read_text()
+    )

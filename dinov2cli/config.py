@@ -15,6 +15,9 @@ AmountOrZero = Annotated[float, Field(ge=0.0)]
 Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
 
 
+Auto = Literal["auto"]
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are errors."""
 
@@ -130,7 +133,8 @@ class DataSection(Section):
 class ModelSection(Section):
     """The backbone; None keeps the architecture's own value, `layerscale: 0` leaves LayerScale out.
 
-    `init_from` continues from the weights of any MODEL.
+    `init_from` continues from the weights of any MODEL; without it `init: structured` starts from positions, attention
+    and patch projection that let a small model learn within minutes.
     """
 
     arch: str = "vits14"
@@ -143,13 +147,14 @@ class ModelSection(Section):
     layerscale: AmountOrZero | None = None
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     drop_path_uniform: bool = True
+    init: Literal["standard", "structured"] = "standard"
     init_from: str | None = None
 
 
 class HeadsSection(Section):
-    """Projection heads; `untied` gives iBOT a head of its own."""
+    """Projection heads; `untied` gives iBOT a head of its own. `auto`: from batch and number of images."""
 
-    prototypes: Count = 65536
+    prototypes: Count | Auto = 65536
     ibot_prototypes: Count | None = None
     hidden: Count = 2048
     bottleneck: Count = 256
@@ -168,7 +173,7 @@ class LossSection(Section):
     sinkhorn_iterations: Count = 3
     student_temperature: Amount = 0.1
     teacher_temperature_start: Amount = 0.04
-    teacher_temperature: Amount = 0.07
+    teacher_temperature: Amount | Auto = 0.07
     teacher_temperature_warmup: Share = 0.3
 
 
@@ -217,14 +222,14 @@ class OptimSection(Section):
     clip: AmountOrZero = 3.0
     layerwise_decay: Share = 0.9
     patch_embed_lr: AmountOrZero = 0.2
-    warmup: Share = 0.1
+    warmup: Share | Auto = 0.1
     freeze_last_layer: Share = 0.01
 
 
 class TeacherSection(Section):
     """Momentum of the exponential moving average, cosine from start to end."""
 
-    momentum: Share = 0.992
+    momentum: Share | Auto = 0.992
     momentum_end: Share = 1.0
 
 

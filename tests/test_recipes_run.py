@@ -44,7 +44,7 @@ def test_readme_commands_run_in_order(environment, tmp_path):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(lines) >= 7
     assert any("300 steps" in line for line in lines)
-    script = "\n".join(lines).replace("300 steps", "4 steps")
+    script = "\n".join(lines).replace("300 steps", "4 steps").replace("steps: 100", "steps: 2")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=tmp_path,

@@ -8,6 +8,27 @@ if TYPE_CHECKING:
     from dinov2cli.train.schedules import RunLength
 
 _SMALL = 128  # pixels
+_LOOK = 2000  # images
+
+
+def resolve_automatic(
+    config: "PretrainConfig", images: int, world_size: int = 1
+) -> tuple["PretrainConfig", dict[str, str]]:
+    """The settings with every `auto` replaced and paths made absolute, and for each `auto` what was chosen and why."""
+    from dinov2cli.cli.frame import canonical_model
+    from dinov2cli.train.automatic import automatic
+
+    batch = config.data.batch_size * world_size
+    steps = _length(config.train.steps, config.train.budget, images, batch).total
+    content, chosen = config.model_dump(), {}
+    if config.model.init_from is not None:
+        content["model"]["init_from"] = canonical_model(config.model.init_from)
+    for name, (value, reason) in automatic(batch, images, steps).items():
+        section, key = name.split(".")
+        if content[section][key] == "auto":
+            content[section][key] = value
+            chosen[name] = f"auto, {value:,g}: {reason}"
+    return type(config).model_validate(content), chosen
 
 
 def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool) -> dict[str, Any]:
@@ -19,7 +40,7 @@ def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool) 
 
     c, loss = config, config.loss
     parallel = setup(c.device, c.train.precision)
-    backbone, model_inputs = initial_backbone(c)
+    backbone, model_inputs = initial_backbone(c, source)
     model = build_ssl_model(backbone, **c.heads.model_dump(), centering=loss.centering, seed=c.seed)
     model.to(parallel.device)
     model.student.backbone.activation_checkpointing = c.train.activation_checkpointing
@@ -119,14 +140,14 @@ def _schedules(config: "PretrainConfig", total_batch: int, scale: float) -> Any:
     return Schedules(
         lr=scaled_lr(optim.lr, total_batch, optim.reference_batch) * scale,
         min_lr=min(optim.min_lr, optim.lr),
-        warmup=optim.warmup,
+        warmup=float(optim.warmup),
         freeze_last_layer=optim.freeze_last_layer,
         weight_decay=optim.weight_decay,
         weight_decay_end=optim.weight_decay_end,
-        momentum=teacher.momentum,
+        momentum=float(teacher.momentum),
         momentum_end=teacher.momentum_end,
         teacher_temperature_start=loss.teacher_temperature_start,
-        teacher_temperature=loss.teacher_temperature,
+        teacher_temperature=float(loss.teacher_temperature),
         teacher_temperature_warmup=loss.teacher_temperature_warmup,
     )
 
@@ -145,10 +166,13 @@ def _overrides(config: "PretrainConfig") -> dict[str, Any]:
     }
 
 
-def initial_backbone(config: "PretrainConfig") -> tuple[Any, list[dict[str, Any]]]:
+def initial_backbone(config: "PretrainConfig", source: "ImageSource") -> tuple[Any, list[dict[str, Any]]]:
     """The backbone that training starts from, and the manifest's entry of the model it continues, if any."""
+    import torch
+
     from dinov2cli.cli.frame import model_input
     from dinov2cli.errors import UserError
+    from dinov2cli.models.initial import structured_init
     from dinov2cli.models.load import load_model
     from dinov2cli.models.registry import architecture, build
     from dinov2cli.models.vit import patch_advice
@@ -165,10 +189,33 @@ def initial_backbone(config: "PretrainConfig") -> tuple[Any, list[dict[str, Any]
         if size % patch:
             raise UserError(f"{name} {size} {patch_advice(size, patch)}")
     if loaded is None:
-        return build(m.arch, seed=config.seed, **_overrides(config)), []
+        backbone = build(m.arch, seed=config.seed, **_overrides(config))
+        if m.init == "structured":
+            structured_init(backbone, _first_look(config, source), torch.Generator().manual_seed(config.seed))
+        return backbone, []
     backbone = loaded.backbone.train()
     backbone.set_drop_path(m.drop_path, uniform=m.drop_path_uniform)
     return backbone, [model_input(str(m.init_from), loaded.fingerprint)]
+
+
+def _first_look(config: "PretrainConfig", source: "ImageSource") -> Any:
+    """Normalised float images [n, 3, S, S], spread over the source, from which the patch projection starts."""
+    import torch
+
+    from dinov2cli.data.bad import BadImage
+    from dinov2cli.data.decode import decode_image, resize_center_crop
+    from dinov2cli.errors import InputError
+
+    size, step = config.crops.global_size, max(1, len(source) // _LOOK)
+    crops = []
+    for row in range(0, len(source), step):
+        try:
+            crops.append(resize_center_crop(decode_image(source.read(row), name=source.name(row)), size, size))
+        except BadImage:  # the training loader counts and names it
+            continue
+    if not crops:
+        raise InputError(f"{source.spec}: none of the images looked at can be read")
+    return preprocess_of(config).normalize(torch.stack(crops))
 
 
 def _length(steps: int | None, budget: str | None, images: int, total_batch: int) -> "RunLength":

@@ -96,13 +96,15 @@ def _prepare(path: Path, config: "PretrainConfig", talk: "Talk", target_size: in
     from dinov2cli.cli.dedup import run_dedup
     from dinov2cli.cli.embed import run_embed
     from dinov2cli.config import CurateConfig, DedupConfig, EmbedConfig
+    from dinov2cli.data.source import open_source
     from dinov2cli.models.export import save_hf
 
     common: dict[str, Any] = {"seed": config.seed, "workers": config.workers, "device": config.device}
     initial, size = path / "initial", preprocess_of(config)
     if not (initial / "config.json").is_file():
         card = "The weights with which the demo's training starts, for the comparison before and after."
-        save_hf(initial_backbone(config)[0], initial, resize=size.resize, crop=size.crop, card=card)
+        backbone, _ = initial_backbone(config, open_source(TRAIN))
+        save_hf(backbone, initial, resize=size.resize, crop=size.crop, card=card)
     talk.say("1/6 embed: one vector per tile, by the untrained model")
     run_embed(TRAIN, path / "embeddings", EmbedConfig(model=str(initial), **common), talk.inner())
     talk.say("2/6 dedup: find the planted copies by their pixels")

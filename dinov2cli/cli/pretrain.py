@@ -20,6 +20,9 @@ def pretrain(
     out: options.Out,
     config: options.Config = None,
     arch: Annotated[str | None, typer.Option("--arch", metavar="NAME", help="Architecture, as vits14.")] = None,
+    init: Annotated[
+        str | None, typer.Option("--init", metavar="MODEL", help="Continue from the weights of any MODEL.")
+    ] = None,
     budget: Annotated[str | None, typer.Option("--budget", metavar="AMOUNT", help=_BUDGET)] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="N", help="Images per step and rank.")
@@ -43,6 +46,7 @@ def pretrain(
 
     - `dinov2 pretrain photos/ -o run --config tiny-cpu`
     - `dinov2 pretrain curated/ -o run --budget "100 epochs" --set optim.lr=0.002`
+    - `dinov2 pretrain photos/ -o run --init facebook/dinov2-small --set optim.lr=2e-4`
     - `dinov2 pretrain photos/ -o run --dry-run`
     """
     from dinov2cli.cli.talk import Talk
@@ -52,6 +56,7 @@ def pretrain(
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
     flags = {
         "model.arch": arch,
+        "model.init_from": init,
         "train.budget": budget,
         "data.batch_size": batch_size,
         "workers": workers,
@@ -72,7 +77,7 @@ def train_run(
     overwrite: bool = False,
 ) -> None:
     """Train one run directory from a resolved config; also what the demo calls."""
-    from dinov2cli.cli.assembly import assemble
+    from dinov2cli.cli.assembly import assemble, resolve_automatic
     from dinov2cli.cli.frame import check_output, open_output, result_fields
     from dinov2cli.cli.watch import CONFIG_FILE, RunWatch, require_tensorboard
     from dinov2cli.data.source import open_source
@@ -83,12 +88,13 @@ def train_run(
     if config.log.tensorboard:
         require_tensorboard()
     source = open_source(data)
+    config, chosen = resolve_automatic(config, len(source))
     parts = assemble(config, source, dry_run=dry_run)
     inputs = [source.fingerprint(), *parts.pop("model_inputs")]
     identity = config.identity()
     if dry_run:
         state = check_output(path, "run", config=identity, inputs=inputs, overwrite=overwrite)
-        talk.plan(f"pretrain {data}", {**_plan(config, source, parts), "output": f"{path} ({state})"})
+        talk.plan(f"pretrain {data}", {**_plan(config, source, parts), **chosen, "output": f"{path} ({state})"})
         return
     out = open_output(talk, path, "run", config=identity, seed=config.seed, inputs=inputs, overwrite=overwrite)
     if out is None:
@@ -96,6 +102,8 @@ def train_run(
     with out:
         out.write_text(CONFIG_FILE, to_yaml(config))
         _announce(talk, config, source, parts)
+        for name, why in chosen.items():
+            talk.say(f"  {name} {why}")
         watch = RunWatch(
             out,
             talk,
@@ -120,10 +128,10 @@ def train_run(
 def _export(
     backbone: Any, path: Path, config: "PretrainConfig", source: "ImageSource", steps: int, images: int
 ) -> None:
-    from dinov2cli.cli.assembly import preprocess_of
+    from dinov2cli.cli.assembly import final_size, preprocess_of
     from dinov2cli.models.export import save_hf
 
-    size = config.crops.global_size
+    size = final_size(config)
     card = (
         f"Trained by `dinov2 pretrain` for {steps:,} steps ({images:,} images) on `{source.spec}` "
         f"({len(source):,} images), at {size} pixels with batch {config.data.batch_size}. "
@@ -169,6 +177,12 @@ def _announce(talk: "Talk", config: "PretrainConfig", source: "ImageSource", par
         f"pretrain {config.model.arch} ({millions:.1f} M parameters with heads) on {len(source):,} images, "
         f"{parallel.device}, {parallel.precision} ({parallel.reason})"
     )
+    if config.model.init_from is not None:
+        names = len(student.backbone.state_dict())
+        talk.say(
+            f"weights of {config.model.init_from}: all {names} of the backbone taken, none missing or unexpected; "
+            "heads start afresh"
+        )
     if parallel.device.type == "cpu" and student.backbone.embed_dim >= 384 and config.crops.global_size >= 200:
         talk.warn("no GPU is used: a step takes many seconds at this size; `--config tiny-cpu` is made for CPUs")
 

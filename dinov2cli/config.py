@@ -34,7 +34,8 @@ class CommonConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Return the resolved settings that shape the result, as plain JSON values."""
         never = {"workers": True, "device": True, "log": True, "checkpoint": True, "max_bad_fraction": True}
-        return self.model_dump(mode="json", exclude={**never, "data": {"max_bad_fraction"}})
+        savers = {"activation_checkpointing", "max_bad_steps"}  # the first is exact, the second only ends a run
+        return self.model_dump(mode="json", exclude={**never, "data": {"max_bad_fraction"}, "train": savers})
 
 
 class EmbedConfig(CommonConfig):
@@ -317,6 +318,15 @@ class PretrainConfig(CommonConfig):
     def _one_length(self) -> "PretrainConfig":
         if self.train.steps is not None and self.train.budget is not None:
             raise ValueError("train.steps and train.budget both set, expected one of them")
+        batch, parts = self.data.batch_size, self.train.accumulate
+        sizes = {"data": batch} | {f"phases[{i}]": phase.batch_size or 0 for i, phase in enumerate(self.phases)}
+        for where, own in sizes.items():
+            batch = own or batch
+            if batch % parts or (parts > 1 and batch < 2 * parts):
+                raise ValueError(
+                    f"train.accumulate: found {parts} parts of {batch} images ({where}.batch_size), "
+                    "expected a divisor that leaves 2 images or more"
+                )
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self.crops, name)
             if not 0 < low <= high:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from dinov2cli.train.schedules import RunLength
 
 _SMALL = 128  # pixels
-_LOOK = 2000  # images
+_LOOK = 500  # images
 
 
 def resolve_automatic(
@@ -23,7 +23,8 @@ def resolve_automatic(
     content, chosen = config.model_dump(), {}
     if config.model.init_from is not None:
         content["model"]["init_from"] = canonical_model(config.model.init_from)
-    for name, (value, reason) in automatic(batch, images, steps).items():
+    own = None if config.heads.prototypes == "auto" else config.heads.prototypes
+    for name, (value, reason) in automatic(batch, images, steps, own).items():
         section, key = name.split(".")
         if content[section][key] == "auto":
             content[section][key] = value
@@ -31,8 +32,8 @@ def resolve_automatic(
     return type(config).model_validate(content), chosen
 
 
-def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool) -> dict[str, Any]:
-    """Build what `train` takes, from the settings."""
+def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool, fresh: bool = True) -> dict[str, Any]:
+    """Build what `train` takes, from the settings. Not `fresh`: a checkpoint will overwrite all weights."""
     from dinov2cli.data.augment import Augment
     from dinov2cli.train.parallel import setup
     from dinov2cli.train.ssl import Objective, build_ssl_model
@@ -40,7 +41,7 @@ def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool) 
 
     c, loss = config, config.loss
     parallel = setup(c.device, c.train.precision)
-    backbone, model_inputs = initial_backbone(c, source)
+    backbone, model_inputs = initial_backbone(c, source, look=fresh and not dry_run)
     model = build_ssl_model(backbone, **c.heads.model_dump(), centering=loss.centering, seed=c.seed)
     model.to(parallel.device)
     model.student.backbone.activation_checkpointing = c.train.activation_checkpointing
@@ -166,8 +167,13 @@ def _overrides(config: "PretrainConfig") -> dict[str, Any]:
     }
 
 
-def initial_backbone(config: "PretrainConfig", source: "ImageSource") -> tuple[Any, list[dict[str, Any]]]:
-    """The backbone that training starts from, and the manifest's entry of the model it continues, if any."""
+def initial_backbone(
+    config: "PretrainConfig", source: "ImageSource", *, look: bool = True
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The backbone that training starts from, and the manifest's entry of the model it continues, if any.
+
+    Without `look` no image is read, and a structured start left out: enough for a plan or a checkpoint to be loaded.
+    """
     import torch
 
     from dinov2cli.cli.frame import model_input
@@ -190,7 +196,7 @@ def initial_backbone(config: "PretrainConfig", source: "ImageSource") -> tuple[A
             raise UserError(f"{name} {size} {patch_advice(size, patch)}")
     if loaded is None:
         backbone = build(m.arch, seed=config.seed, **_overrides(config))
-        if m.init == "structured":
+        if m.init == "structured" and look:
             structured_init(backbone, _first_look(config, source), torch.Generator().manual_seed(config.seed))
         return backbone, []
     backbone = loaded.backbone.train()
@@ -206,7 +212,7 @@ def _first_look(config: "PretrainConfig", source: "ImageSource") -> Any:
     from dinov2cli.data.decode import decode_image, resize_center_crop
     from dinov2cli.errors import InputError
 
-    size, step = config.crops.global_size, max(1, len(source) // _LOOK)
+    size, step = config.crops.global_size, max(1, -(-len(source) // _LOOK))
     crops = []
     for row in range(0, len(source), step):
         try:
@@ -230,12 +236,14 @@ def final_size(config: "PretrainConfig") -> int:
     return sizes[-1] if sizes else config.crops.global_size
 
 
-def preprocess_of(config: "PretrainConfig") -> Any:
+def preprocess_of(config: "PretrainConfig", size: int | None = None) -> Any:
     """How images are prepared for the trained model: the crop it was trained at, with the paper's margin around it.
+
+    `size` in pixels, by default what training ends with.
 
     Small images (digits, tiles) fill their frame, so models of small crops see them whole.
     """
     from dinov2cli.models.preprocess import Preprocess
 
-    size = final_size(config)
+    size = size or final_size(config)
     return Preprocess(resize=size if size < _SMALL else round(size * 256 / 224), crop=size)

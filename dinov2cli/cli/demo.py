@@ -102,7 +102,7 @@ def _prepare(path: Path, config: "PretrainConfig", talk: "Talk", target_size: in
     common: dict[str, Any] = {"seed": config.seed, "workers": config.workers, "device": config.device}
     initial, size = path / "initial", preprocess_of(config)
     if not (initial / "config.json").is_file():
-        card = "The weights with which the demo's training starts, for the comparison before and after."
+        card = "An untrained model of the same kind, for the comparison before and after."
         backbone, _ = initial_backbone(config, open_source(TRAIN))
         save_hf(backbone, initial, resize=size.resize, crop=size.crop, card=card)
     talk.say("1/6 embed: one vector per tile, by the untrained model")

@@ -1,5 +1,6 @@
 """`dinov2 pretrain`: train a backbone by self-distillation, from a recipe."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,7 +90,7 @@ def train_run(
         require_tensorboard()
     source = open_source(data)
     config, chosen = resolve_automatic(config, len(source))
-    parts = assemble(config, source, dry_run=dry_run)
+    parts = assemble(config, source, dry_run=dry_run, fresh=not steps_done(path / "checkpoints"))
     inputs = [source.fingerprint(), *parts.pop("model_inputs")]
     identity = config.identity()
     if dry_run:
@@ -188,4 +189,8 @@ def _announce(talk: "Talk", config: "PretrainConfig", source: "ImageSource", par
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
-    return {key: round(value, 6) for key, value in metrics.items() if isinstance(value, int | float)}
+    return {
+        key: round(value, 6)
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }

@@ -119,7 +119,11 @@ class RunWatch:
 
         if not config.eval.every:
             return None, None
-        common = {"preprocess": preprocess_of(config), "seed": config.seed, "precision": precision}
+        common = {
+            "preprocess": preprocess_of(config, config.crops.global_size),
+            "seed": config.seed,
+            "precision": precision,
+        }
         maps = FeatureMaps(source, patch_size=self._patch_size, **common) if self._pictures else None
         if has_labels(source):
             return OnlineKnn(source, **common), maps

@@ -195,7 +195,7 @@ def draw_kept(
     ]
     if not drawn:
         return [None] * len(rates)
-    pieces = iter(torch.cat(drawn).to(device).split([len(index) for index in drawn]))
+    pieces = iter(torch.cat(drawn).to(device, non_blocking=True).split([len(index) for index in drawn]))
     return [
         Kept([next(pieces) for _ in groups], [next(pieces) for _ in groups]) if rate > 0 else None for rate in rates
     ]

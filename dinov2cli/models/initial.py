@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov2cli.models.vit import VisionTransformer
 
+_PATCHES = 200_000  # patches looked at, which bounds memory
 _POSITION_GAIN, _PATCH_GAIN, _RIDGE = 0.3, 0.5, 1e-2
 _QUERY_KEY, _VALUE_PROJECTION = (0.7, 0.7), (-0.4, 0.4)  # weights of the identity and of noise (the paper's, section 4)
 
@@ -51,7 +52,8 @@ def patch_components(images: Tensor, patch_size: int) -> Tensor:
     """
     p = patch_size
     patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * p * p)
-    patches = (patches - patches.mean(0)).double()
+    patches = patches[:: -(-len(patches) // _PATCHES)].double()
+    patches -= patches.mean(0)
     variances, directions = torch.linalg.eigh(patches.t() @ patches / len(patches))
     rows = (directions / (variances.clamp_min(0) + _RIDGE).sqrt()).t().flip(0)
     # An eigenvector's sign is anybody's choice: make its largest entry positive.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 FEWEST, MOST = 128, 65536
 PER_IMAGE = 8
-"""Prototypes for each image of a batch, as measured at batch 64 (see the recipes); the paper has 20 to 60."""
+"""Prototypes for each image of a batch, as the small recipes were tuned with at batch 64; the paper has 20 to 60."""
 
 
 class Chosen(NamedTuple):
@@ -19,16 +19,17 @@ class Chosen(NamedTuple):
     reason: str
 
 
-def automatic(batch: int, images: int, steps: int | None) -> dict[str, Chosen]:
+def automatic(batch: int, images: int, steps: int | None, prototypes: int | None = None) -> dict[str, Chosen]:
     """Settings by dotted name for `batch` images a step over all ranks, `images` in all, `steps` (None: not known).
 
-    heads.prototypes, teacher.momentum, loss.teacher_temperature, optim.warmup.
+    `prototypes` is their number where it is not automatic. Keys: heads.prototypes, teacher.momentum,
+    loss.teacher_temperature, optim.warmup.
     """
-    prototypes = _prototypes(batch, images)
+    picked = _prototypes(batch, images)
     return {
-        "heads.prototypes": prototypes,
+        "heads.prototypes": picked,
         "teacher.momentum": _momentum(steps),
-        "loss.teacher_temperature": _temperature(int(prototypes.value)),
+        "loss.teacher_temperature": _temperature(prototypes or int(picked.value)),
         "optim.warmup": _warmup(steps),
     }
 
@@ -46,9 +47,8 @@ def _momentum(steps: int | None) -> Chosen:
     if steps is None:
         return Chosen(0.99, "the length in steps is not known; the average spans 100 steps")
     value = round(min(max(1 - 12 / max(steps, 1), 0.9), 0.994), 4)
-    return Chosen(
-        value, f"the average spans {1 / (1 - value):.0f} of {steps:,} steps, a twelfth, at most the paper's 167"
-    )
+    rule = {0.9: "the fewest that average anything", 0.994: "as the paper's"}.get(value, "a twelfth")
+    return Chosen(value, f"the average spans {1 / (1 - value):.0f} of {steps:,} steps, {rule}")
 
 
 def _temperature(prototypes: int) -> Chosen:

@@ -16,7 +16,7 @@ from dinov2cli.train.monitor import Monitor, batch_statistics
 from dinov2cli.train.parallel import Parallel
 from dinov2cli.train.schedules import RunLength, Schedules, StepValues
 from dinov2cli.train.signals import StopRequest
-from dinov2cli.train.ssl import Network, SSLModel
+from dinov2cli.train.ssl import Network, SSLModel, prototypes_of
 from dinov2cli.train.step import Augmentation, FirstBatch, Settings, Stepper, StepResult
 from dinov2cli.train.tally import Tally
 
@@ -107,7 +107,9 @@ class Trainer:
                 if self.index + 1 == len(self.phases):
                     break
                 self._enter(self.index + 1, step=self.step, elapsed=self.elapsed)
-                self.journal.log(f"step {self.step}: phase {self.index + 1} begins, {self.phase.global_size} pixels")
+                self.journal.log(
+                    f"phase {self.index + 1} begins after step {self.step}, {self.phase.global_size} pixels"
+                )
         return TrainResult(
             step=self.step,
             images=self.images,
@@ -136,10 +138,12 @@ class Trainer:
             batch_size=self.phase.batch_size,
             grid=(side, side),
         )
+        rows = 2 * self.phase.batch_size // self.settings.accumulate
         self.monitor = Monitor(
-            rank_limit=min(2 * self.phase.batch_size // self.settings.accumulate, backbone.embed_dim),
+            rank_limit=min(rows, backbone.embed_dim),
             clip=self.settings.clip,
             quiet_until=2 * self.phase.schedules.warmup,
+            target_limit=min(rows, prototypes_of(self.model.student.dino_head)),
         )
 
     def _run_phase(self, stop: StopRequest) -> None:
@@ -183,14 +187,17 @@ class Trainer:
 
     def _check_skips(self) -> None:
         """Raise WorkError after too many steps in a row whose loss or gradient was not finite."""
-        run = int(self.tally.longest_run)
+        waiting = time.perf_counter()
+        run = int(self.tally.longest_run)  # waits for the device, which is part of the step
+        self.tally.time(time.perf_counter() - waiting, 0.0)
         if run < self.max_bad_steps:
             return
         kept = checkpoint.latest_checkpoint(self.checkpoints)
         text = (
             f"{self.run}: the loss or its gradient was not finite in {run} steps in a row, the last seen at step "
             f"{self.step}; expected numbers; the last sound checkpoint is {kept.name if kept else 'none'}; "
-            "start again with a lower optim.lr, a longer optim.warmup or train.precision fp32"
+            "start again with --overwrite or another -o, "
+            "and a lower optim.lr, a longer optim.warmup or train.precision fp32"
         )
         self.journal.log(text)
         raise WorkError(text)
@@ -201,7 +208,7 @@ class Trainer:
         if not (evaluating or self.step == 1 or done == total or self.step % self.log_every == 0):
             return
         self._check_skips()
-        all_steps = self.phase_step + total + sum(phase.length.total or 0 for phase in self.phases[self.index + 1 :])
+        all_steps = self._all_steps(total)
         line = self._line(result, values) | {"seconds": self.elapsed, "total_steps": all_steps}
         if skipped := self.tally.skipped():
             self.journal.log(
@@ -217,6 +224,11 @@ class Trainer:
         self._last = line
         if self.on_metrics:
             self.on_metrics(line, all_steps)
+
+    def _all_steps(self, total: int) -> int:
+        """Steps of the whole run, `total` being those of this phase; a later one of unknown length counts a guess."""
+        later = (phase.length.total for phase in self.phases[self.index + 1 :])
+        return self.phase_step + total + sum(1000 if steps is None else steps for steps in later)
 
     def _line(self, result: StepResult, values: StepValues) -> dict[str, float]:
         norms, views = result.norms, result.views
@@ -278,7 +290,7 @@ class Trainer:
         state = checkpoint.read_state(found)
         phase = state["phase"]
         if phase["index"] >= len(self.phases):
-            raise InputError(f"{found}: belongs to phase {phase['index']}, this run has {len(self.phases)}")
+            raise InputError(f"{found}: belongs to phase {phase['index'] + 1}, this run has {len(self.phases)}")
         for index in range(1, phase["index"] + 1):
             self._enter(index, step=phase["step"], elapsed=phase["elapsed"])
         self.phase_step, self.phase_elapsed = int(phase["step"]), float(phase["elapsed"])
@@ -298,7 +310,7 @@ class Trainer:
     def _stop(self, signal_name: str, total: int) -> None:
         """Save and leave, on a signal."""
         self._save()
-        text = f"{self.run}: stopped by {signal_name} after saving step {self.step} of {self.phase_step + total}"
+        text = f"{self.run}: stopped by {signal_name} after saving step {self.step} of {self._all_steps(total)}"
         self.journal.log(text)
         if signal_name == "SIGINT":
             raise KeyboardInterrupt

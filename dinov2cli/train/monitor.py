@@ -69,9 +69,13 @@ def batch_statistics(*, class_tokens: Tensor, student_tokens: Tensor, targets: T
     }
 
 
+_FEW_DIRECTIONS = 2.0  # below it one direction says nearly all, however small the batch
+
+
 @dataclass
 class Monitor:
-    """Turns the figures into findings. `rank_limit` = min(rows, D) of the class tokens, `clip` the gradient clip.
+    """Turns the figures into findings. `rank_limit` = min(rows, D) of the class tokens, `clip` the gradient clip,
+    `target_limit` the most prototypes that could win, min(rows, K) of the DINO targets (0: not known).
 
     Nothing is said before `quiet_until` (a fraction of the run): at random initialisation class tokens are nearly
     alike and targets nearly uniform without anything being wrong.
@@ -80,6 +84,7 @@ class Monitor:
     rank_limit: int
     clip: float | None = None
     quiet_until: float = 0.2
+    target_limit: int = 0
     _current: dict[str, str] = field(default_factory=dict)
 
     def findings(self, metrics: Mapping[str, float], progress: float) -> dict[str, str]:
@@ -93,7 +98,7 @@ class Monitor:
                 f"class tokens of different images are nearly the same (feature std {std:.3f}, 1 is even): "
                 "the features have collapsed; lower optim.lr or raise teacher.momentum"
             )
-        elif rank < 0.05 * self.rank_limit:
+        elif rank < max(0.05 * self.rank_limit, _FEW_DIRECTIONS):
             found["rank"] = (
                 f"class tokens fill few directions (RankMe {rank:.1f} of at most {self.rank_limit}): "
                 "raise loss.koleo_weight or lower optim.lr"
@@ -109,7 +114,12 @@ class Monitor:
                 f"teacher targets are nearly uniform (entropy {entropy:.3f} of 1): they teach nothing; "
                 "lower loss.teacher_temperature or train longer"
             )
-        if use < 0.05:
+        if entropy < 0.5 and self.target_limit and use * self.target_limit < 1.5:
+            found["one prototype"] = (
+                "one prototype wins for every image: teacher targets have collapsed, and a loss that falls to zero means "
+                "nothing; use loss.centering sinkhorn or softmax, or raise loss.teacher_temperature"
+            )
+        elif use < 0.05:
             found["prototypes"] = (
                 f"few prototypes win ({use:.0%} of those that could): use loss.centering sinkhorn, "
                 "raise loss.teacher_temperature or lower heads.prototypes"

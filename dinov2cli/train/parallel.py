@@ -48,6 +48,6 @@ def setup(device: str = "auto", precision: str = "auto") -> Parallel:
     chosen = choose_device(device)
     name, reason = choose_precision(precision, chosen, training=True)
     if chosen.type == "cuda":
-        # Prototype logits stay outside 16-bit autocast (see ssl.py); TF32 keeps that matmul on the tensor cores.
+        # Prototype logits stay outside 16-bit autocast (models/heads.py); TF32 keeps that matmul on the tensor cores.
         torch.set_float32_matmul_precision("high")
     return Parallel(device=chosen, precision=name, reason=reason)

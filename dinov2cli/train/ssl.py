@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dinov2cli.data.masks import masked_tokens
+from dinov2cli.data.masks import MaskedTokens, masked_tokens
 from dinov2cli.errors import UserError
 from dinov2cli.losses.center import SoftmaxCenter
 from dinov2cli.losses.cross_entropy import RowTargets
@@ -247,7 +247,10 @@ def ssl_losses(
     the patches of the student's global crops that are hidden. `generator` drives stochastic depth. `group` joins the
     ranks in Sinkhorn; KoLeo stays with this rank's batch, as in the paper. Call it under autocast for 16 bit.
     """
-    tokens = masked_tokens(masks)
+    device = global_crops.device
+    # Counted where the masks were drawn: on a GPU the host would have to wait for the number of masked patches.
+    tokens = MaskedTokens(*(part.to(device, non_blocking=True) for part in masked_tokens(masks)))
+    masks = masks.to(device, non_blocking=True)
     teacher_tokens, dino_targets, ibot_targets = teacher_targets(
         model,
         global_crops,

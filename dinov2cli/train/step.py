@@ -120,12 +120,15 @@ class Stepper:
             told(crops[0], crops[1] if len(crops[1]) else None, masks)
         apply_schedule(self.optimizer, values)
         self.optimizer.zero_grad(set_to_none=True)
-        views, losses = self._backward(*crops, masks.to(device), values, step)
+        views, losses = self._backward(*crops, masks, values, step)
         self.scaler.unscale_(self.optimizer)
         norms = clip_gradients(self.clipped, self.settings.clip)
-        skipped = ~torch.isfinite(losses["total"])
-        if not self.scaler.is_enabled():  # the scaler looks for itself, and lowers its scale
-            skipped = skipped | ~torch.isfinite(norms["all"])
+        skipped, overflow = ~torch.isfinite(losses["total"]), ~torch.isfinite(norms["all"])
+        if self.scaler.is_enabled():
+            # The scaler looks for itself and lowers its scale; once that is 1, the scale is not to blame any more.
+            skipped = skipped | (overflow & bool(self.scaler.get_scale() <= 1))
+        else:
+            skipped = skipped | overflow
             # Fused AdamW leaves weights and moments alone where this is 1, without the host having to look.
             self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)

@@ -18,7 +18,7 @@ def test_a_phase_at_twice_the_resolution_ends_in_a_model_of_that_size(dinov2, ph
     run = tmp_path / "run"
     done = dinov2("pretrain", photos, "-o", run, *TINY, "--set", HIGH, "--set", "eval.every=3")
     assert done.code == 0, done.err
-    assert "step 6: phase 2 begins, 64 pixels" in done.err
+    assert "phase 2 begins after step 6, 64 pixels" in done.err
     assert [line["global_size"] for line in lines(run)][-1] == 64
     assert lines(run)[-1]["images"] == 6 * 8 + 3 * 4
     config = json.loads((run / "export" / "config.json").read_text())

@@ -153,7 +153,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tiny, tmp_path):
             with torch.no_grad():
                 model.student.backbone.norm.weight.fill_(float("nan"))
 
-    text = r"not finite in 3 steps in a row, the last seen at step 9; .* step_00000005; start again with a lower"
+    text = r"not finite in 3 steps in a row, the last seen at step 9; .* step_00000005; start again with --overwrite"
     with pytest.raises(WorkError, match=text):
         tiny.tiny_train(run, 12, model=model, on_metrics=poison, max_bad_steps=3)
     assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [5]
@@ -244,7 +244,7 @@ def test_a_high_resolution_phase_follows_with_schedules_of_its_own(tiny, tmp_pat
     assert {line["total_steps"] for line in lines} == {10}
     assert lines[6]["lr"] < lines[5]["lr"] * 0.5 or lines[7]["lr"] <= 2e-4  # its own warm-up, its own scale
     assert model.student.backbone.grid == model.teacher.backbone.grid == 6
-    assert "step 6: phase 2 begins, 48 pixels" in (tmp_path / "log.txt").read_text()
+    assert "phase 2 begins after step 6, 48 pixels" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("last", [5, 6, 9])
@@ -269,6 +269,8 @@ def test_accumulation_averages_the_gradients_of_the_parts(tiny, tmp_path):
         exact = setup("cpu", "fp32")
         tiny.tiny_train(tmp_path / name, 2, model=model, step=apart | {"accumulate": parts}, parallel=exact)
         ends.append(dict(model.student.state_dict()))
+    norms = [[line["grad_norm"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     losses = [[line["loss/total"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, value in ends[0].items():
@@ -280,8 +282,10 @@ def test_accumulation_averages_the_gradients_of_the_parts(tiny, tmp_path):
 def test_activation_checkpointing_changes_nothing(tiny, tmp_path):
     ends = []
     for recompute in (False, True):
-        model = tiny.tiny_model()
+        model, calls = tiny.tiny_model(), []
         model.student.backbone.activation_checkpointing = recompute
+        model.student.backbone.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         tiny.tiny_train(tmp_path / str(recompute), 2, model=model)
+        assert len(calls) == (4 if recompute else 2)  # twice in each of two steps
         ends.append(weights(tmp_path / str(recompute)))
     assert ends[0] == ends[1]

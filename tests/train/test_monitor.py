@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,11 @@ from dinov2cli.train.monitor import (
     rankme,
     target_entropy,
 )
+from dinov2cli.train.schedules import Schedules
+from dinov2cli.train.ssl import Objective
+from tests.train.tiny_run import TileLoader, tiny_model, tiny_train
+
+NO_KOLEO = {"objective": Objective(koleo_weight=0)}
 
 HEALTHY = {
     "feature_std": 0.9,
@@ -68,6 +74,61 @@ def test_what_it_says(change, sentence):
     assert sentence in said
     assert monitor.changes(HEALTHY | change, 0.6) == []  # once, not at every line
     assert monitor.changes(HEALTHY, 0.7) == [f"no longer: {said}"]
+
+
+def test_one_prototype_for_every_image_is_told_also_in_a_small_batch():
+    monitor = Monitor(rank_limit=16, target_limit=16)
+    collapsed = HEALTHY | {"prototype_use": 1 / 16, "target_entropy": 0.01}
+    assert "one prototype wins for every image" in monitor.changes(collapsed, 0.5)[0]
+
+
+class Shades(TileLoader):
+    """Tiles of one even grey each, `count` different ones: images that show nothing."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        greys = np.linspace(0, 255, count).astype(np.uint8)
+        self.tiles = [np.full((64, 64, 3), grey, np.uint8) for grey in greys] * 40
+
+
+def without_colours(global_crops, local_crops, *, seed, epoch, sample):
+    return global_crops.float() / 255 - 0.5, local_crops.float() / 255 - 0.5
+
+
+def hot(temperature: float) -> dict:
+    schedules = Schedules(lr=2e-3, momentum=0.9, teacher_temperature_start=temperature, teacher_temperature=temperature)
+    return {"phase": {"schedules": schedules}}
+
+
+def alike() -> dict:
+    model = tiny_model()
+    model.student.backbone.set_drop_path(0.0)  # the same image gives the same token
+    return {"model": model, "phase": {"loader": Shades(1)}, "augment": without_colours, "step": {"mask_probability": 0}}
+
+
+@pytest.mark.parametrize(
+    ("steps", "broken", "sentence"),
+    [
+        (60, {"model": tiny_model(centering="none"), "step": NO_KOLEO, "lr": 2e-2}, "one prototype wins for every"),
+        (20, hot(1.0), "teacher targets are nearly uniform"),
+        (60, {"lr": 1.0}, "gradients are"),
+        (15, {"phase": {"loader": Shades(1)}, "augment": without_colours}, "the features have collapsed"),
+        (15, {"phase": {"loader": Shades(2)}, "augment": without_colours}, "fill few directions"),
+        (15, alike(), "nearest class tokens almost touch"),
+    ],
+    ids=["centring off", "temperature", "learning rate", "one image", "two images", "copies"],
+)
+def test_it_tells_of_a_run_that_was_broken_on_purpose(tmp_path, steps, broken, sentence):
+    torch.set_num_threads(1)
+    tiny_train(tmp_path, steps, checkpoint_every=0, log_every=5, **broken)
+    assert sentence in (tmp_path / "log.txt").read_text()
+
+
+def test_it_says_nothing_of_a_sound_run(tmp_path):
+    torch.set_num_threads(1)
+    sharp = Schedules(lr=2e-3, momentum=0.9, teacher_temperature_start=0.02, teacher_temperature=0.02)
+    tiny_train(tmp_path, 60, checkpoint_every=0, log_every=5, phase={"schedules": sharp})
+    assert not (tmp_path / "log.txt").exists()
 
 
 def test_it_is_quiet_at_the_start():

@@ -193,9 +193,10 @@ def _unknown(key: str, origin: str, known: Mapping[str, Any]) -> str:
 def _bad_value(detail: Any, origin: Mapping[str, str]) -> str:
     location = [str(part) for part in detail["loc"]]
     key = next((k for n in range(len(location), 0, -1) if (k := ".".join(location[:n])) in origin), ".".join(location))
+    inner = ".".join(location)[len(key) :] if any(part.isdigit() for part in location) else ""  # as phases.0.steps
     expected = detail["msg"].removeprefix("Value error, ")
     expected = expected[:1].lower() + expected[1:]
     if not key:
         return expected
     found = detail["input"]
-    return f"{key} ({origin.get(key, 'default')}): found {found!r}, {expected.replace('input should', 'should')}"
+    return f"{key}{inner} ({origin.get(key, 'default')}): found {found!r}, {expected.replace('input should', 'should')}"

@@ -47,7 +47,10 @@ def test_single_error_is_one_line():
         (["train.steps=3", "train.budget=1 epochs"], "train.steps and train.budget both set, expected one of them"),
         (["crops.local_scale=[0.5,0.2]"], r"crops.local_scale is \[0.5, 0.2\], expected 0 < low <= high <= 1"),
         (["masks.ratio_min=0.9"], "masks.ratio_min is above masks.ratio_max"),
-        (["loss.centering=other"], r"loss.centering \(--set\): found 'other', should be 'sinkhorn' or 'softmax'"),
+        (
+            ["loss.centering=other"],
+            r"loss.centering \(--set\): found 'other', should be 'sinkhorn', 'softmax' or 'none'",
+        ),
     ],
 )
 def test_values_that_contradict(sets, text):

@@ -89,8 +89,19 @@ def test_readme_figures_are_those_of_the_files():
         assert re.search(rf"{name} rose from {100 * found['before']:.1f} % .* to {100 * found['after']:.1f} %", text)
     assert f"({demo['seconds']['0']} s in all)" in text
     for name, bench in figures["benches"].items():
-        assert f"| `{name}` |" in text
+        assert f"| `{name}`" in text
         assert f"{bench['speedup']:.1f}×" in text
+
+
+def test_half_hour_figures_are_those_of_the_file():
+    figures = json.loads((ROOT / "benchmarks" / "half_hour.json").read_text())["runs"]
+    text = (ROOT / "README.md").read_text()
+    for name, run in figures.items():
+        cells = [f"{100 * run[key]['20']:.1f} %" for key in ("random", "raw_pixels", "trained")]
+        assert f"{run['images']:,} | " + " | ".join(cells) + " |" in text, name
+        header = (ROOT / "recipes" / f"{run['recipe']}.yaml").read_text().split("model:")[0]
+        assert all(cell in header for cell in cells)
+        assert f"{run['images_seen']:,} images" in header
 
 
 def test_quickstart_runs_and_continues(environment, tmp_path):

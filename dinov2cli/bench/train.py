@@ -25,7 +25,7 @@ from dinov2cli.train.parallel import setup
 from dinov2cli.train.ssl import Objective, build_ssl_model, loss_terms, student_views, teacher_targets
 
 TEMPERATURE, LR, MOMENTUM, CLIP = 0.05, 1e-4, 0.99, 3.0
-PARTS = ("data wait", "augment", "teacher forward", "student forward", "losses", "backward", "optimizer", "ema")
+PARTS = ("data wait", "augment", "teacher", "student backbone", "heads and losses", "backward", "optimizer", "ema")
 
 
 @dataclass(frozen=True)
@@ -147,16 +147,19 @@ class Step:
                 inputs: dict[str, Any] = {**batch, "teacher_temperature": TEMPERATURE, "generator": self.generator}
                 return textbook_loss(model, drop_path=drop, **inputs)
             tokens, crops = masked_tokens(batch["masks"]), batch["global_crops"]
-            _, dino_targets, ibot_targets = teacher_targets(
-                model, crops, tokens.indices, temperature=TEMPERATURE, iterations=3
-            )
-            mark("teacher forward")
+            targets = teacher_targets(model, crops, tokens.indices, temperature=TEMPERATURE, iterations=3)
+            mark("teacher")
             views = student_views(
-                model.student, crops, batch["local_crops"], batch["masks"], tokens.indices, generator=self.generator
+                model.student.backbone,
+                crops,
+                batch["local_crops"],
+                batch["masks"],
+                tokens.indices,
+                generator=self.generator,
             )
-            mark("student forward")
-            terms = loss_terms(views, Objective(), dino_targets, ibot_targets, tokens.weights)
-            mark("losses")
+            mark("student backbone")
+            terms = loss_terms(model.student, views, Objective(), targets, tokens.weights)
+            mark("heads and losses")
             return torch.stack(list(terms.values())).sum()
 
     def state_bytes(self) -> int:
@@ -209,25 +212,30 @@ def time_parts(step: Step, rounds: int) -> dict[str, float]:
     augment, seconds = Augment(), dict.fromkeys(PARTS, 0.0)
     batches = iter(loader)
     try:
-        next(batches)  # starts the workers
+        batch = next(batches)  # starts the workers
         for _ in range(rounds):
-            last = time.perf_counter()
-
-            def mark(part: str) -> None:
-                nonlocal last
-                step.wait()
-                now = time.perf_counter()
-                seconds[part] += (now - last) / rounds
-                last = now
-
+            step()
+            started = time.perf_counter()
             batch = next(batches)
-            mark("data wait")
-            crops = (batch[name].to(device) for name in ("global_crops", "local_crops"))
-            big, small = augment(*crops, seed=case.seed, epoch=batch["epoch"], sample=batch["index"])
-            mark("augment")
-            step({"global_crops": big, "local_crops": small, "masks": step.batch["masks"]}, mark)
+            seconds["data wait"] += (time.perf_counter() - started) / rounds
     finally:
         batches.close()  # type: ignore[attr-defined]
+    last = 0.0
+
+    def mark(part: str) -> None:
+        nonlocal last
+        step.wait()
+        now = time.perf_counter()
+        seconds[part] += (now - last) / rounds
+        last = now
+
+    # Without workers beside it: on few cores they would slow the parts they happen to run beside.
+    for _ in range(rounds):
+        last = time.perf_counter()
+        crops = (batch[name].to(device) for name in ("global_crops", "local_crops"))
+        big, small = augment(*crops, seed=case.seed, epoch=batch["epoch"], sample=batch["index"])
+        mark("augment")
+        step({"global_crops": big, "local_crops": small, "masks": step.batch["masks"]}, mark)
     return seconds
 
 

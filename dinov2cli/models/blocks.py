@@ -7,10 +7,11 @@ Parameter names are those of the official DINOv2 checkpoints.
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Groups = list[tuple[int, int]]
@@ -85,7 +86,26 @@ class Mlp(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x_TD)))
+        inner = self.fc1(x_TD)
+        out: Tensor = _GeluLinear.apply(inner, self.fc2.weight.to(inner.dtype), self.fc2.bias.to(inner.dtype))
+        return out
+
+
+class _GeluLinear(torch.autograd.Function):
+    """gelu(x) w' + b that keeps only x for the backward pass and computes the gelu again: a fifth of a block's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grads[0].flatten(0, -2)
+        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2)
+        return torch.ops.aten.gelu_backward(grads[0] @ weight, x), grad_weight, rows.sum(0)
 
 
 class SwiGLU(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 # Shortest length that is still stretched to 1. Its reciprocal is the largest gain of the gradient, which has to fit the
 # type: 1e6, the released code's for fp16, overflows there to inf when a vector is zero.
 _SHORTEST = {torch.float16: 1e-4, torch.bfloat16: 1e-6}
-_ROWS = 2048  # prototypes worked on at a time
+_ROWS = 8192  # prototypes worked on at a time
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -69,17 +69,21 @@ class _WeightNormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight_v, weight_g, length, scale = ctx.saved_tensors
-        scaled = grads[0] * scale
-        with _input_rounding(ctx.fast):
-            grad_x = scaled @ weight_v if ctx.needs_input_grad[0] else None
-            if not ctx.needs_input_grad[1]:
-                return grad_x, None, None, None
-            grad_v = scaled.flatten(0, -2).t() @ x.flatten(0, -2)
+        rows, outer = x.flatten(0, -2), grads[0].flatten(0, -2)
+        wanted = ctx.needs_input_grad[1]
+        grad_rows, grad_v = torch.zeros_like(rows), torch.empty_like(weight_v) if wanted else None
         along = torch.empty_like(length)
-        for start in range(0, len(along), _ROWS):  # rows stay in cache between the two passes
+        for start in range(0, len(length), _ROWS):  # a block of prototypes at a time: no second copy of the gradient
             part = slice(start, start + _ROWS)
-            along[part] = (weight_v[part] * grad_v[part]).sum(-1)
-            grad_v[part].addcmul_(weight_v[part], (along[part] / length[part].square())[:, None], value=-1)
+            scaled, v = outer[:, part] * scale[part], weight_v[part]
+            with _input_rounding(ctx.fast):
+                grad_rows += scaled @ v
+                if grad_v is None:
+                    continue
+                block = scaled.t() @ rows
+            along[part] = (v * block).sum(-1)
+            torch.addcmul(block, v, (along[part] / length[part].square())[:, None], value=-1, out=grad_v[part])
+        grad_x = grad_rows.view_as(x)
         grad_g = None
         if ctx.needs_input_grad[2]:  # exact but for a gain of exactly 0, which then stays where it is
             gain = weight_g[:, 0]

@@ -10,9 +10,12 @@ which colours and edges matter. Three initial values tell it so (`model.init: st
   do for features).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dinov2cli.models.blocks import Attention
 from dinov2cli.models.vit import VisionTransformer
 
 _PATCHES = 200_000  # patches looked at, which bounds memory
@@ -28,8 +31,9 @@ def structured_init(backbone: VisionTransformer, images: Tensor, generator: torc
     `generator` draws the noise.
     """
     backbone.pos_embed[0, 1:] = _POSITION_GAIN * sincos_positions(backbone.grid, backbone.embed_dim)
+    block: Any
     for block in backbone.blocks:
-        _mimetic(block.attn, backbone.embed_dim, backbone.num_heads, generator)  # type: ignore[arg-type]
+        _mimetic(block.attn, backbone.embed_dim, backbone.num_heads, generator)
     components = patch_components(images, backbone.patch_size)[: backbone.embed_dim // 2]
     both = _PATCH_GAIN * torch.cat([components, -components])
     backbone.patch_embed.proj.weight[: len(both)] = both.view(-1, *backbone.patch_embed.proj.weight.shape[1:])
@@ -61,17 +65,17 @@ def patch_components(images: Tensor, patch_size: int) -> Tensor:
     return (rows * largest.sign()).float()
 
 
-def _mimetic(attention: torch.nn.Module, dim: int, heads: int, generator: torch.Generator) -> None:
+def _mimetic(attention: Attention, dim: int, heads: int, generator: torch.Generator) -> None:
     width = dim // heads
-    qkv, projection = attention.qkv.weight, attention.proj.weight  # type: ignore[union-attr]
+    qkv, projection = attention.qkv.weight, attention.proj.weight
     left, right = _factors(_near_identity(dim, *_VALUE_PROJECTION, generator), dim)
-    projection.copy_(left)  # type: ignore[operator]
-    qkv[2 * dim :] = right  # type: ignore[index,operator]
+    projection.copy_(left)
+    qkv[2 * dim :] = right
     for head in range(heads):
         left, right = _factors(_near_identity(dim, *_QUERY_KEY, generator), width)
         rows = slice(head * width, (head + 1) * width)
-        qkv[rows] = left.t()  # type: ignore[index,operator]
-        qkv[dim:][rows] = right  # type: ignore[index,operator]
+        qkv[rows] = left.t()
+        qkv[dim:][rows] = right
 
 
 def _near_identity(dim: int, identity: float, noise: float, generator: torch.Generator) -> Tensor:

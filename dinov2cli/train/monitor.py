@@ -116,8 +116,8 @@ class Monitor:
             )
         if entropy < 0.5 and self.target_limit and use * self.target_limit < 1.5:
             found["one prototype"] = (
-                "one prototype wins for every image: teacher targets have collapsed, and a loss that falls to zero means "
-                "nothing; use loss.centering sinkhorn or softmax, or raise loss.teacher_temperature"
+                "one prototype wins for every image: teacher targets have collapsed, and a loss that falls to zero "
+                "means nothing; use loss.centering sinkhorn or softmax, or raise loss.teacher_temperature"
             )
         elif use < 0.05:
             found["prototypes"] = (

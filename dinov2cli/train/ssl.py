@@ -6,6 +6,7 @@ K prototypes. Global crops are laid out crop after crop, [G * B], also in the ma
 
 import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,18 @@ class SSLStep:
     targets: RowTargets
 
 
+@dataclass
+class TeacherTargets:
+    """What the teacher says of one batch: class tokens [G, B, D], DINO targets [G * B, K], iBOT targets [M, K].
+
+    `ibot` holds the teacher's logits of all masked patches; `loss_terms` drops them once they have been used.
+    """
+
+    tokens: Tensor
+    dino: RowTargets
+    ibot: RowTargets | None
+
+
 @torch.no_grad()
 def teacher_targets(
     model: SSLModel,
@@ -147,8 +160,8 @@ def teacher_targets(
     temperature: float,
     iterations: int,
     group: torch.distributed.ProcessGroup | None = None,
-) -> tuple[Tensor, RowTargets, RowTargets]:
-    """Class tokens [G, B, D], DINO targets [G * B, K] and iBOT targets [M, K] of the teacher, which sees crops whole.
+) -> TeacherTargets:
+    """Tokens and targets of the teacher, which sees the crops whole.
 
     global_crops [G, B, 3, S, S]; `indices` [M] into the [G * B * N] patches. Sinkhorn (or the centre) runs over the
     class tokens of all crops and ranks together, and over all masked patches together.
@@ -157,30 +170,28 @@ def teacher_targets(
     tokens = model.teacher.backbone(global_crops.flatten(0, 1))
     class_logits = model.teacher.dino_head(tokens.cls)
     patch_logits = model.teacher.patch_head(tokens.patches.flatten(0, 1)[indices])
+    if torch.is_autocast_enabled(global_crops.device.type):
+        # They live through the student's forward pass. fp16, not bf16: near 1 it is eight times as fine.
+        class_logits, patch_logits = class_logits.half(), patch_logits.half()
     if model.dino_center is not None and model.ibot_center is not None:
         dino = model.dino_center(class_logits, temperature, group=group)
         ibot = model.ibot_center(patch_logits, temperature, group=group)
     else:
         dino = sinkhorn_scalings(class_logits, temperature, iterations=iterations, group=group)
         ibot = sinkhorn_scalings(patch_logits, temperature, iterations=iterations, group=group)
-    return tokens.cls.unflatten(0, (crops, batch)), dino, ibot
+    return TeacherTargets(tokens.cls.unflatten(0, (crops, batch)), dino, ibot)
 
 
-@dataclass(frozen=True)
-class StudentViews:
-    """What the student says of one batch: class tokens [G, B, D] of its global crops and logits.
+class StudentViews(NamedTuple):
+    """What the student sees in one batch: class tokens [G, B, D] and [L, B, D] (or None), masked patches [M, D]."""
 
-    `global_logits` [G, B, K], `local_logits` [L, B, K] or None, `patch_logits` [M, K] at the masked patches.
-    """
-
-    class_tokens: Tensor
-    global_logits: Tensor
-    local_logits: Tensor | None
-    patch_logits: Tensor
+    global_tokens: Tensor
+    local_tokens: Tensor | None
+    patches: Tensor
 
 
 def student_views(
-    student: Network,
+    backbone: VisionTransformer,
     global_crops: Tensor,
     local_crops: Tensor | None,
     masks: Tensor,
@@ -188,45 +199,53 @@ def student_views(
     *,
     generator: torch.Generator | None = None,
 ) -> StudentViews:
-    """ONE packed pass of the student over all crops of all sizes, then its heads. Arguments as for `ssl_losses`."""
-    crops, batch = global_crops.shape[:2]
-    n_locals = 0 if local_crops is None else local_crops.shape[0]
+    """ONE packed pass of the student's backbone over all crops of all sizes. Arguments as for `ssl_losses`."""
     views = [global_crops.flatten(0, 1)]
     view_masks: list[Tensor | None] = [masks]
-    if local_crops is not None and n_locals:
+    if local_crops is not None and len(local_crops):
         views.append(local_crops.flatten(0, 1))
         view_masks.append(None)
-    outputs = student.backbone.forward_crops(views, view_masks, generator=generator)
-    patches = outputs[0].patches.flatten(0, 1)[indices]
-    class_tokens = torch.cat([output.cls for output in outputs])
-    if student.ibot_head is None:
-        logits = student.dino_head(torch.cat([class_tokens, patches]))
-        class_logits, patch_logits = logits.split([len(class_tokens), len(patches)])
-    else:
-        class_logits, patch_logits = student.dino_head(class_tokens), student.ibot_head(patches)
-    # split, not two slices: the backward pass of a slice fills a zero tensor as large as the whole.
-    global_logits, local_logits = class_logits.split([crops * batch, n_locals * batch])
+    outputs = backbone.forward_crops(views, view_masks, generator=generator)
+    batch = global_crops.shape[1]
     return StudentViews(
-        class_tokens=outputs[0].cls.unflatten(0, (crops, batch)),
-        global_logits=global_logits.unflatten(0, (crops, batch)),
-        local_logits=local_logits.unflatten(0, (n_locals, batch)) if n_locals else None,
-        patch_logits=patch_logits,
+        global_tokens=outputs[0].cls.unflatten(0, (-1, batch)),
+        local_tokens=outputs[1].cls.unflatten(0, (-1, batch)) if len(outputs) > 1 else None,
+        patches=outputs[0].patches.flatten(0, 1)[indices],
     )
 
 
 def loss_terms(
-    views: StudentViews, objective: Objective, dino_targets: RowTargets, ibot_targets: RowTargets, weights: Tensor
+    student: Network, views: StudentViews, objective: Objective, targets: TeacherTargets, weights: Tensor
 ) -> dict[str, Tensor]:
-    """The weighted terms of the loss, by name; `weights` [M] of the masked patches (METHOD §8.4)."""
+    """The weighted terms of the loss, by name; `weights` [M] of the masked patches (METHOD §8.4).
+
+    The heads run here, patches first: logits are the largest tensors of a step, and so only one head's are there at a
+    time. `targets.ibot` is None afterwards. Raises ValueError if it was before.
+    """
+    if targets.ibot is None:
+        raise ValueError("these targets have been used")
     temperature = objective.student_temperature
-    dino = dino_loss(views.global_logits, views.local_logits, dino_targets, temperature=temperature)
-    n_crops = views.class_tokens.shape[0] * views.class_tokens.shape[1]
-    ibot = ibot_loss(views.patch_logits, ibot_targets, weights, n_crops, temperature=temperature)
+    crops, batch = views.global_tokens.shape[:2]
+    patch_logits = student.patch_head(views.patches)
+    ibot = ibot_loss(patch_logits, targets.ibot, weights, crops * batch, temperature=temperature)
+    targets.ibot = None
+    del patch_logits
+    n_locals = 0 if views.local_tokens is None else views.local_tokens.shape[0]
+    tokens = [views.global_tokens] if views.local_tokens is None else [views.global_tokens, views.local_tokens]
+    logits = student.dino_head(torch.cat([part.flatten(0, 1) for part in tokens]))
+    # split, not two slices: the backward pass of a slice fills a zero tensor as large as the whole.
+    global_logits, local_logits = logits.split([crops * batch, n_locals * batch])
+    dino = dino_loss(
+        global_logits.unflatten(0, (crops, batch)),
+        local_logits.unflatten(0, (n_locals, batch)) if n_locals else None,
+        targets.dino,
+        temperature=temperature,
+    )
     return {
         "dino_local": objective.dino_weight * dino.dino_local,
         "dino_global": objective.dino_weight * dino.dino_global,
         "ibot": objective.ibot_weight * ibot,
-        "koleo": objective.koleo_weight * koleo_loss(views.class_tokens),
+        "koleo": objective.koleo_weight * koleo_loss(views.global_tokens),
     }
 
 
@@ -251,7 +270,7 @@ def ssl_losses(
     # Counted where the masks were drawn: on a GPU the host would have to wait for the number of masked patches.
     tokens = MaskedTokens(*(part.to(device, non_blocking=True) for part in masked_tokens(masks)))
     masks = masks.to(device, non_blocking=True)
-    teacher_tokens, dino_targets, ibot_targets = teacher_targets(
+    targets = teacher_targets(
         model,
         global_crops,
         tokens.indices,
@@ -259,12 +278,12 @@ def ssl_losses(
         iterations=objective.sinkhorn_iterations,
         group=group,
     )
-    views = student_views(model.student, global_crops, local_crops, masks, tokens.indices, generator=generator)
-    terms = loss_terms(views, objective, dino_targets, ibot_targets, tokens.weights)
+    views = student_views(model.student.backbone, global_crops, local_crops, masks, tokens.indices, generator=generator)
+    terms = loss_terms(model.student, views, objective, targets, tokens.weights)
     return SSLStep(
         total=torch.stack(list(terms.values())).sum(),
         terms={name: term.detach() for name, term in terms.items()},
-        teacher_tokens=teacher_tokens,
-        student_tokens=views.class_tokens.detach(),
-        targets=dino_targets,
+        teacher_tokens=targets.tokens,
+        student_tokens=views.global_tokens.detach(),
+        targets=targets.dino,
     )

@@ -66,8 +66,8 @@ def test_savers_of_memory_train_to_the_same_kind_of_run(dinov2, photos, tmp_path
     [
         ("phases=[{steps: 3, global_size: 60}]", "phases[0].global_size 60 is not a multiple of the patch size 8"),
         ("phases=[{global_size: 64}]", "steps or budget, expected one of them"),
-        ("phases=[{steps: 3, size: 64}]", "size"),
-        ("train.accumulate=3", "train.accumulate: found 3 parts of 8 images; expected a divisor"),
+        ("phases=[{steps: 3, size: 64}]", "phases.0.size (--set): found 64, extra inputs are not permitted"),
+        ("train.accumulate=3", "train.accumulate: found 3 parts of 8 images (data.batch_size), expected a divisor"),
         ("heads.prototypes=many", "heads.prototypes"),
         ("loss.centering=off", "loss.centering"),
     ],

@@ -256,8 +256,9 @@ def _files_whole(path: Path, manifest: Manifest) -> bool:
 def _take_lock(path: Path) -> Any:
     handle = open(path / _LOCK, "a")  # noqa: SIM115 - held until close()
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # A record lock, which forked loader workers do not inherit: they outlive a killed run by seconds.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         handle.close()
         raise UserError(
             f"-o {path} is being written by another dinov2 process; wait for it or choose another place"

@@ -92,7 +92,7 @@ class Mlp(nn.Module):
 
 
 class _GeluLinear(torch.autograd.Function):
-    """gelu(x) w' + b that keeps only x for the backward pass and computes the gelu again: a fifth of a block's memory."""
+    """gelu(x) w' + b that keeps only x for the backward pass and computes the gelu again: a fifth less memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -149,10 +149,31 @@ def test_file_and_unwritable_places_are_refused(tmp_path):
 
 def test_two_writers_cannot_share_a_place(tmp_path):
     first = opened(tmp_path / "out")
-    with pytest.raises(UserError, match="being written by another dinov2 process"):
-        opened(tmp_path / "out")
-    first.close()
-    opened(tmp_path / "out").close()
+    children: list[int] = []
+    for expected in (2, 0):
+        if pid := os.fork():  # what a forked loader worker is to a run; it must not hold the lock of its parent either
+            children.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        else:
+            try:
+                opened(tmp_path / "out").close()
+            except UserError as error:
+                os._exit(2 if "being written by another dinov2 process" in str(error) else 3)
+            os._exit(0)
+        assert children[-1] == expected
+        first.close()
+
+
+def test_a_forked_child_does_not_keep_the_place_of_its_killed_parent(tmp_path):
+    first = opened(tmp_path / "out")
+    child = os.fork()
+    if not child:
+        signal.pause()
+    first.close()  # as the end of the process would
+    try:
+        opened(tmp_path / "out").close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_full_disk_leaves_the_old_file_and_says_so(tmp_path):

@@ -288,7 +288,7 @@ class LogSection(Section):
 
 
 class EvalSection(Section):
-    """Online k-NN on the training source's labels every `every` steps; 0 = never."""
+    """PCA maps of a few images, and k-NN where the training source has labels, every `every` steps; 0 = never."""
 
     every: CountOrZero = 0
 

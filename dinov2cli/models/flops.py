@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of an architecture, in closed form: for plans, without building a model.
+"""Floating-point operations of an architecture and of a training step, in closed form.
 
 One multiply-add counts as 2. Counted are convolutions, linear layers and attention products; norms, activations and
 softmax, together below 2 % at the released sizes, are not.
@@ -12,20 +12,6 @@ from dinov2cli.models.registry import architecture
 from dinov2cli.models.vit import VisionTransformer
 
 
-def backbone_parameters(arch: str | VisionTransformer, **overrides: object) -> int:
-    """Number of parameters of a backbone or of an architecture. Raises UserError for an unknown name."""
-    a = _numbers(arch, overrides)
-    d, patch, channels = a["embed_dim"], a["patch_size"], a.get("in_chans", 3)
-    tokens = 1 + (a["img_size"] // patch) ** 2 + a["num_register_tokens"]  # class and grid positions, registers
-    stem = d * (1 + tokens + 1) + d * (channels * patch**2 + 1)  # class token, positions, mask token; projection
-    scales = 2 * d if a.get("layerscale", 1e-5) is not None else 0
-    qkv_bias = 3 * d if a.get("qkv_bias", True) else 0
-    hidden, swiglu = _hidden(a)
-    ffn = d * 2 * hidden + 2 * hidden + hidden * d + d if swiglu else 2 * d * hidden + hidden + d
-    block = 4 * d + scales + 3 * d * d + qkv_bias + d * d + d + ffn
-    return stem + a["depth"] * block + 2 * d
-
-
 def backbone_flops(arch: str | VisionTransformer, image_size: int | None = None, **overrides: object) -> int:
     """Operations of one forward pass over one square image, `image_size` pixels wide (default: the architecture's)."""
     a = _numbers(arch, overrides)
@@ -36,13 +22,6 @@ def backbone_flops(arch: str | VisionTransformer, image_size: int | None = None,
     linear = 4 * d * d + (3 if swiglu else 2) * d * hidden  # weights of one block that meet every token
     block = 2 * tokens * linear + 4 * tokens * tokens * d  # q k^T and probabilities v
     return 2 * patches * channels * patch**2 * d + a["depth"] * block
-
-
-def head_parameters(in_dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256, layers: int = 3) -> int:
-    """Number of parameters of one projection head."""
-    widths = [in_dim] + [hidden] * (layers - 1) + [bottleneck]
-    mlp = sum(a * b + b for a, b in pairwise(widths))
-    return mlp + prototypes * (bottleneck + 1)
 
 
 def head_flops(in_dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256, layers: int = 3) -> int:

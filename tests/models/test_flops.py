@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinov2cli.models.flops import backbone_flops, backbone_parameters, head_flops, head_parameters
+from dinov2cli.models.flops import backbone_flops, head_flops
 from dinov2cli.models.heads import ProjectionHead
 from dinov2cli.models.registry import build
 
@@ -18,7 +18,6 @@ CASES = [
 @pytest.mark.parametrize(("arch", "overrides"), CASES)
 def test_closed_form_equals_what_torch_counts(arch, overrides):
     model = build(arch, device="meta", **overrides).eval()
-    assert backbone_parameters(arch, **overrides) == sum(p.numel() for p in model.parameters())
     for size in (model.img_size, 4 * model.patch_size):
         images = torch.zeros(1, model.in_chans, size, size, device="meta")
         with FlopCounterMode(display=False) as counter:
@@ -30,7 +29,6 @@ def test_closed_form_equals_what_torch_counts(arch, overrides):
 def test_head_counts():
     numbers = {"in_dim": 48, "prototypes": 100, "hidden": 32, "bottleneck": 16, "layers": 3}
     head = ProjectionHead(**numbers)
-    assert head_parameters(**numbers) == sum(p.numel() for p in head.parameters())
     with FlopCounterMode(display=False) as counter:
         head(torch.zeros(5, 48))
     assert 5 * head_flops(**numbers) == counter.get_total_flops()

@@ -1,7 +1,5 @@
 """`dinov2 bench search`: our neighbour search beside a plain torch matrix product with top-k, in one process."""
 
-import resource
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -11,6 +9,7 @@ import faiss
 import numpy as np
 import torch
 
+from dinov2cli.bench.peak import resident_peak
 from dinov2cli.errors import UserError
 from dinov2cli.search.index import build_index
 from dinov2cli.search.neighbours import neighbour_blocks
@@ -85,7 +84,7 @@ def run(
         "recall": float(np.mean(hits) / k),
         "memory": memory,
         "memory_ratio": memory["ours"] / memory["reference"],
-        "peak_rss_mb": _peak_rss_mb(),
+        "peak_rss_mb": resident_peak() / 2**20,
     }
 
 
@@ -126,8 +125,3 @@ def _traced(function: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-def _peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -6,6 +6,9 @@ class DinoError(Exception):
 
     exit_code = 1
 
+    rank: int | None = None
+    """Under a launch: the rank that met the error, where all ranks raise it together."""
+
 
 class WorkError(DinoError):
     """The work itself failed although command and input were fine (disk full, loss not finite): exit 1."""

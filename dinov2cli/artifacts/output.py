@@ -67,6 +67,7 @@ class Output:
         self.done = done
         self.resumed = resumed
         self._lock = lock
+        self._follows = False
         self._written: dict[str, dict[str, Any]] = {}
         self._started = time.monotonic()
 
@@ -114,9 +115,18 @@ class Output:
         out._save()
         return out
 
+    @classmethod
+    def follow(cls, path: Path | str, manifest: Manifest, *, done: bool, resumed: bool) -> "Output":
+        """The same output in another process of the launch: `write` and `finish` there change nothing on disk."""
+        out = cls(Path(path), manifest, done=done, resumed=resumed, lock=None)
+        out._follows = True
+        return out
+
     def write(self, name: str, write: Callable[[Path], None]) -> Path:
         """Write the file `name` (relative to the directory) through `write(temporary_path)`; return its path."""
         target = self.path / name
+        if self._follows:
+            return target
         write_aside(target, write)
         self._written[name] = {"size": target.stat().st_size, "sha256": file_sha256(target)}
         return target
@@ -137,6 +147,10 @@ class Output:
 
     def finish(self, rows: int | None = None, **extra: Any) -> Manifest:
         """Record every file with size and sha256, mark the directory complete, and release it."""
+        if self._follows:
+            self.manifest.rows = rows
+            self.manifest.extra.update(manifests.plain(extra))
+            return self.manifest
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
             if file.is_file() and name not in self._written and name not in (manifests.FILE_NAME, _LOCK):

@@ -8,6 +8,7 @@ from typing import Any
 from dinov2cli.artifacts.manifest import Manifest, config_hash, plain
 from dinov2cli.artifacts.output import Output, inspect_output
 from dinov2cli.cli.talk import Talk
+from dinov2cli.distributed import ALONE, Ranks
 
 
 def command_line() -> str:
@@ -31,9 +32,21 @@ def open_output(
     seed: int,
     inputs: list[dict[str, Any]],
     overwrite: bool,
+    ranks: Ranks = ALONE,
 ) -> Output | None:
-    """Open the output of a command; None when the work there is done already, which the user is told."""
-    out = Output.open(path, kind, command=command_line(), config=config, seed=seed, inputs=inputs, overwrite=overwrite)
+    """Open the output of a command; None when the work there is done already, which the user is told.
+
+    Under a launch the main process alone opens it for writing, and the others follow.
+    """
+    mine: list[Output] = []
+
+    def opened() -> tuple[Manifest, bool, bool]:
+        line = command_line()
+        mine.append(Output.open(path, kind, command=line, config=config, seed=seed, inputs=inputs, overwrite=overwrite))
+        return mine[0].manifest, mine[0].done, mine[0].resumed
+
+    manifest, done, resumed = ranks.first(opened)
+    out = mine[0] if mine else Output.follow(path, manifest, done=done, resumed=resumed)
     if out.done:
         out.close()
         talk.say(f"{path}: already done, nothing to do (--overwrite does it again)")

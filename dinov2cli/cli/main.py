@@ -11,6 +11,7 @@ import typer
 
 from dinov2cli import __version__
 from dinov2cli.cli import bench, curate, dedup, demo, embed, evaluate, info, pretrain, recipes
+from dinov2cli.distributed import launched, leave, met, report_failure
 from dinov2cli.errors import DinoError, Preempted, WorkError
 
 _EPILOG = "Start with `dinov2 demo`, then `dinov2 pretrain PHOTOS -o RUN`. Every command explains itself with --help."
@@ -57,7 +58,16 @@ app.command("bench", rich_help_panel=_LOOK)(bench.bench)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit: 0 done, 1 failed, 2 usage or config, 3 input, 75 preempted, 130 Ctrl-C."""
-    sys.exit(run(arguments))
+    code = run(arguments)
+    if not launched():
+        sys.exit(code)
+    if code == 0:
+        leave()
+    # Python's own exit destroys process groups that something still holds while their threads run, which aborts one
+    # process in five; and after an error it would wait for ranks that are gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +88,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return _fail(_INTERRUPTED, 130)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except DinoError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, met_by=error.rank)
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, 130)
     except BrokenPipeError:
@@ -102,10 +112,18 @@ def _unexpected(error: Exception) -> int:
     return _fail(f"unexpected {type(error).__name__}: {text}{hint}", WorkError.exit_code)
 
 
-def _fail(text: str, code: int) -> int:
+def _fail(text: str, code: int, met_by: int | None = None) -> int:
+    """Say why the command ends, once per launch where all ranks met the error together (`met_by` the one named)."""
     from rich.console import Console
     from rich.markup import escape
 
+    rank = int(os.environ.get("RANK", "0"))
+    if launched():
+        report_failure(text)
+        speaker = rank if met_by is None else met_by
+        if speaker != rank or (not met() and os.environ.get("LOCAL_RANK", "0") != "0"):
+            return code  # before they met, all ranks of a machine found the same
+        text = f"rank {rank}: {text}" if rank else text
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")
     return code
 

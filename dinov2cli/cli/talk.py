@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +18,17 @@ Advance = Callable[[int], None]
 
 
 class Talk:
-    """The voice of one command. `quiet` leaves only errors; `verbose` lets the core's information through."""
+    """The voice of one command. `quiet` leaves only errors; `verbose` lets the core's information through.
+
+    Under a launch the main process alone speaks and gives the result.
+    """
 
     def __init__(self, *, json_output: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        main = int(os.environ.get("RANK", "0")) == 0
+        quiet = quiet or not main
         self.json_output = json_output
         self.quiet = quiet
-        self.gives_result = True
+        self.gives_result = main
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
         _route_logging(self.console, level, verbose)
@@ -54,6 +60,8 @@ class Talk:
 
     def plan(self, title: str, facts: Mapping[str, Any]) -> None:
         """Print what a command would do, for --dry-run."""
+        if not self.gives_result:
+            return
         if self.json_output:
             print(json.dumps({"plan": title, **facts}, default=str, ensure_ascii=False))  # noqa: T201
             return

@@ -1,0 +1,190 @@
+"""The processes of one launch (`accelerate launch`, `torchrun`, `-n`): who this one is, and how they share work.
+
+A command under a launch runs the same code in every process. Heavy maps are dealt out (`Ranks.merge`, `Ranks.map`), the
+rest is computed by all alike, and only the main process writes. Without a launch there is one rank and nothing is sent.
+torch and accelerate are imported only where a launch is found.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from dinov2cli.errors import DinoError, WorkError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_PATIENCE = timedelta(days=1)
+"""How long the ranks of a command wait for the main process, which may train a probe for hours. A rank that dies closes
+its connections and is noticed at once."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a launch. `host` is their gloo group, for what lives in the host's memory."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    host: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The items that are this rank's: every `world_size`-th one."""
+        return items[self.rank :: self.world_size]
+
+    def merge(self, own: Iterable[R], total: int, *, main_only: bool = False) -> Iterator[R]:
+        """Results of all `total` items in order, `own` being those of `share`; each rank must exhaust the iterator.
+
+        Every rank gets all of them, or with `main_only` the main process alone (the others iterate over nothing, but
+        must iterate). One result of each rank is held at a time. What a rank raises is raised by all.
+        """
+        iterator = iter(own)
+        for first in range(0, total, self.world_size):
+            due = first + self.rank < total
+            results = self._exchange(lambda: next(iterator), main_only) if due else self._exchange(None, main_only)
+            yield from results[: total - first]
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`function` of every item, in order, on every rank; each computes its share."""
+        return list(self.merge(map(function, self.share(items)), len(items)))
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main process, given to all; what it raises is raised by all."""
+        found: T = self._exchange(make if self.main else None, main_only=False)[0]
+        return found
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()` of this rank; where one rank raises, all raise the same. For what may fail on some ranks only."""
+        return self._exchange(work, main_only=False, keep=True)[0] if self.world_size > 1 else work()
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        self._exchange(None, main_only=False)
+
+    def _exchange(self, work: Callable[[], Any] | None, main_only: bool, keep: bool = False) -> list[Any]:
+        """Results of `work` of all ranks (only this one's with `keep`); the first DinoError of any is raised by all."""
+        if self.world_size == 1:
+            return [] if work is None else [work()]
+        value, error = None, None
+        try:
+            value = None if work is None else work()
+        except DinoError as raised:
+            error = raised
+        try:
+            return self._send((None if keep else value, error), value, main_only, keep)
+        except RuntimeError as lost:  # torch's gloo reports a closed connection so
+            raise lost_rank(self, lost) from lost
+
+    def _send(self, outcome: tuple[Any, Any], value: Any, main_only: bool, keep: bool) -> list[Any]:
+        import torch.distributed as dist
+
+        outcomes: list[Any] = [None] * self.world_size
+        if main_only:
+            dist.gather_object(outcome, outcomes if self.main else None, dst=0, group=self.host)
+            # One number tells the others whether to go on.
+            _raise_first(dist, [error for _, error in outcomes] if self.main else [], self)
+            return [result for result, _ in outcomes] if self.main else []
+        dist.all_gather_object(outcomes, outcome, group=self.host)
+        _raise([error for _, error in outcomes])
+        return [value] if keep else [result for result, _ in outcomes]
+
+
+ALONE = Ranks()
+"""The one process of a command that no launcher started."""
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def met() -> bool:
+    """Whether the processes of the launch have met, so that what one of them meets is its own affair."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def join(device: str = "auto", patience: timedelta = _PATIENCE) -> Ranks:
+    """Meet the other processes of the launch, if there are any. `device` 'cpu' keeps a machine's GPUs out of it.
+
+    `patience` is how long a rank waits for the others. Raises WorkError where they cannot be reached.
+    """
+    if not launched():
+        return ALONE
+    import torch
+
+    state = process_group(cpu=device == "cpu" or not torch.cuda.is_available(), patience=patience)
+    host = torch.distributed.group.WORLD
+    if state.device.type != "cpu":
+        host = torch.distributed.new_group(backend="gloo", timeout=patience)
+    return Ranks(state.process_index, state.num_processes, state.local_process_index, host)
+
+
+def process_group(*, cpu: bool, patience: timedelta) -> Any:
+    """Accelerate's PartialState: process group and device from the environment that the launcher set.
+
+    On a GPU the group also carries host tensors, by gloo. Raises WorkError where the other processes do not answer.
+    """
+    from accelerate import PartialState
+
+    try:
+        # Without cpu=True every process of a machine without GPUs would think that it is alone.
+        return PartialState(cpu=cpu, backend="gloo" if cpu else None, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR', 'no MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'no MASTER_PORT')}"
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WorkError(
+            f"rank {os.environ.get('RANK', '?')} cannot reach the other processes of the launch at {place} ({cause}); "
+            "check the address, the port and the number of processes given to the launcher"
+        ) from error
+
+
+def lost_rank(ranks: Ranks, error: Exception) -> WorkError:
+    """The error of a rank whose exchange with the others failed, because one of them has gone."""
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return WorkError(
+        f"rank {ranks.rank} of {ranks.world_size} lost another rank of the launch ({cause}); every rank stops; the "
+        "first error of the others tells why; the same command continues"
+    )
+
+
+def leave() -> None:
+    """Leave the launch, at the end of a command that succeeded."""
+    import torch.distributed as dist
+
+    if met():
+        dist.destroy_process_group()
+
+
+def report_failure(text: str) -> None:
+    """Leave a line for the launcher, which shows it in its summary of what failed (torchelastic's error file)."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(WorkError(text))
+
+
+def _raise(errors: Sequence[DinoError | None]) -> None:
+    for rank, error in enumerate(errors):
+        if error is not None:
+            error.rank = rank  # whoever it is prints it; the others know that it has been said
+            raise error
+
+
+def _raise_first(dist: Any, errors: Sequence[DinoError | None], ranks: Ranks) -> None:
+    first = [next(((rank, e) for rank, e in enumerate(errors) if e is not None), None)]
+    dist.broadcast_object_list(first, src=0, group=ranks.host)
+    if first[0] is not None:
+        rank, error = first[0]
+        _raise([None] * rank + [error])

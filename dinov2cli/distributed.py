@@ -5,6 +5,8 @@ rest is computed by all alike, and only the main process writes. Without a launc
 torch and accelerate are imported only where a launch is found.
 """
 
+import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -166,13 +168,9 @@ def leave() -> None:
 
 def report_failure(text: str) -> None:
     """Leave a line for the launcher, which shows it in its summary of what failed (torchelastic's error file)."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    handler = get_error_handler()
-    handler.initialize()
-    handler.record_exception(WorkError(text))
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as handle:
+            json.dump({"message": text}, handle)
 
 
 def _raise(errors: Sequence[DinoError | None]) -> None:

@@ -1,4 +1,4 @@
-"""Starts a command in several processes, as `torchrun` does; also scripts that test what lies below the command line."""
+"""Starts a command in several processes, as `torchrun` does; also scripts for what lies below it."""
 
 import os
 import subprocess

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -15,6 +16,8 @@ from dinov2cli.distributed import launched, leave, met, report_failure
 from dinov2cli.errors import DinoError, Preempted, WorkError
 
 _EPILOG = "Start with `dinov2 demo`, then `dinov2 pretrain PHOTOS -o RUN`. Every command explains itself with --help."
+
+_LET_SPEAK = 5.0  # seconds
 
 _INTERRUPTED = "stopped by Ctrl-C; what was finished is saved, the same command continues from there"
 
@@ -119,10 +122,14 @@ def _fail(text: str, code: int, met_by: int | None = None) -> int:
 
     rank = int(os.environ.get("RANK", "0"))
     if launched():
-        report_failure(text)
         speaker = rank if met_by is None else met_by
         if speaker != rank or (not met() and os.environ.get("LOCAL_RANK", "0") != "0"):
-            return code  # before they met, all ranks of a machine found the same
+            # All ranks (of a machine, before they met) found the same. The launcher ends them all as soon as one has
+            # gone: leave it to the one that speaks to be the first.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_LET_SPEAK)
+            return code
+        report_failure(text)
         text = f"rank {rank}: {text}" if rank else text
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")
     return code

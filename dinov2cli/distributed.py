@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from dinov2cli.errors import DinoError, WorkError
 
@@ -54,14 +54,47 @@ class Ranks:
             results = self._exchange(lambda: next(iterator), main_only) if due else self._exchange(None, main_only)
             yield from results[: total - first]
 
+    @contextlib.contextmanager
+    def gather(self, own: Iterable[R], total: int) -> Iterator[Iterator[R]]:
+        """For a `with` block: `merge` for the main process only, which may write what comes while the others compute.
+
+        Every rank must exhaust the iterator and leave the block. What the block raises, on any rank, is raised by all.
+        """
+        failed: list[DinoError] = []
+
+        def verdict() -> None:
+            if failed:
+                raise failed[0]
+
+        def mine() -> Iterator[R]:
+            for result in own:
+                yield result
+                verdict()
+
+        stream = self.merge(mine(), total, main_only=True)
+        try:
+            yield stream
+        except DinoError as error:
+            if self.world_size == 1 or error.rank is not None:
+                raise
+            failed.append(error)
+            for _ in stream:  # the next exchange tells the others
+                pass
+        self.together(verdict)
+
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`function` of every item, in order, on every rank; each computes its share."""
         return list(self.merge(map(function, self.share(items)), len(items)))
 
     def first(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main process, given to all; what it raises is raised by all."""
-        found: T = self._exchange(make if self.main else None, main_only=False)[0]
-        return found
+        if self.world_size == 1:
+            return make()
+        value, error = _attempt(make) if self.main else (None, None)
+        # Broadcast, not gathered: an index of gigabytes must arrive once, not once from every rank.
+        value, error = self._reached(lambda: self._broadcast((value, error)))
+        _raise([error])
+        return cast(T, value)
 
     def together(self, work: Callable[[], T]) -> T:
         """`work()` of this rank; where one rank raises, all raise the same. For what may fail on some ranks only."""
@@ -75,15 +108,21 @@ class Ranks:
         """Results of `work` of all ranks (only this one's with `keep`); the first DinoError of any is raised by all."""
         if self.world_size == 1:
             return [] if work is None else [work()]
-        value, error = None, None
+        value, error = _attempt(work)
+        return self._reached(lambda: self._send((None if keep else value, error), value, main_only, keep))
+
+    def _reached(self, talk: Callable[[], T]) -> T:
         try:
-            value = None if work is None else work()
-        except DinoError as raised:
-            error = raised
-        try:
-            return self._send((None if keep else value, error), value, main_only, keep)
+            return talk()
         except RuntimeError as lost:  # torch's gloo reports a closed connection so
             raise lost_rank(self, lost) from lost
+
+    def _broadcast(self, value: Any) -> Any:
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host)
+        return values[0]
 
     def _send(self, outcome: tuple[Any, Any], value: Any, main_only: bool, keep: bool) -> list[Any]:
         import torch.distributed as dist
@@ -91,8 +130,8 @@ class Ranks:
         outcomes: list[Any] = [None] * self.world_size
         if main_only:
             dist.gather_object(outcome, outcomes if self.main else None, dst=0, group=self.host)
-            # One number tells the others whether to go on.
-            _raise_first(dist, [error for _, error in outcomes] if self.main else [], self)
+            errors = self._broadcast([error for _, error in outcomes] if self.main else None)
+            _raise(errors)
             return [result for result, _ in outcomes] if self.main else []
         dist.all_gather_object(outcomes, outcome, group=self.host)
         _raise([error for _, error in outcomes])
@@ -139,7 +178,7 @@ def process_group(*, cpu: bool, patience: timedelta) -> Any:
 
     try:
         # Without cpu=True every process of a machine without GPUs would think that it is alone.
-        return PartialState(cpu=cpu, backend="gloo" if cpu else None, timeout=patience)
+        return PartialState(cpu=cpu, backend="gloo" if cpu else "cuda:nccl,cpu:gloo", timeout=patience)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR', 'no MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'no MASTER_PORT')}"
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -173,16 +212,18 @@ def report_failure(text: str) -> None:
             json.dump({"message": text}, handle)
 
 
+def _attempt(work: Callable[[], Any] | None) -> tuple[Any, DinoError | None]:
+    """The result of `work` and the error it raised; one that all ranks raise already goes its way."""
+    try:
+        return (None if work is None else work()), None
+    except DinoError as error:
+        if error.rank is not None:
+            raise
+        return None, error
+
+
 def _raise(errors: Sequence[DinoError | None]) -> None:
     for rank, error in enumerate(errors):
         if error is not None:
             error.rank = rank  # whoever it is prints it; the others know that it has been said
             raise error
-
-
-def _raise_first(dist: Any, errors: Sequence[DinoError | None], ranks: Ranks) -> None:
-    first = [next(((rank, e) for rank, e in enumerate(errors) if e is not None), None)]
-    dist.broadcast_object_list(first, src=0, group=ranks.host)
-    if first[0] is not None:
-        rank, error = first[0]
-        _raise([None] * rank + [error])

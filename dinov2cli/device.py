@@ -9,13 +9,16 @@ from dinov2cli.errors import UserError
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, local_rank: int | None = None) -> torch.device:
     """'cpu', 'cuda', 'cuda:1' or 'auto' (the first GPU, else the CPU).
 
+    `local_rank`: this process's number on its machine under a launch; 'cuda' and 'auto' then deal the GPUs out.
     Raises UserError for another name or where torch sees no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None and torch.cuda.device_count() > 0:
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     if name == "cpu":
         return torch.device("cpu")
     if name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit()):

@@ -1,17 +1,21 @@
 """`dinov2 curate`: choose images by retrieval with query sets, or balanced over clusters without."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dinov2cli.cli import options
+from dinov2cli.distributed import ALONE, Ranks, join
 
 if TYPE_CHECKING:
+    from dinov2cli.artifacts.manifest import Manifest
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import CurateConfig
     from dinov2cli.curation.collection import Collection
     from dinov2cli.curation.tables import Curated
+    from dinov2cli.data.source import ImageSource
 
 _QUERY = "Images, embeddings or a selection to look for; may be repeated."
 _MODE = "sample (nearest images), cluster (images of the queries' clusters) or balanced; default by --query."
@@ -64,7 +68,9 @@ def curate(
     }
     settings = load_config(CurateConfig, recipe=config, sets=set_ or [], flags=flags)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
-    run_curate(options.from_stdin(data), out, settings, talk, query=query or [], dry_run=dry_run, overwrite=overwrite)
+    ranks = join(settings.device)
+    data, *queries = ranks.first(lambda: [options.from_stdin(name) for name in (data, *(query or []))])
+    run_curate(data, out, settings, talk, query=queries, dry_run=dry_run, overwrite=overwrite, ranks=ranks)
 
 
 def run_curate(
@@ -76,22 +82,17 @@ def run_curate(
     query: list[str],
     dry_run: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Curate into one selection directory; also what the demo calls."""
+    """Curate into one selection directory, shared among `ranks`; also what the demo calls."""
     from dinov2cli.artifacts.selection import write_selection
     from dinov2cli.cli.frame import check_output, open_output, result_fields
-    from dinov2cli.cli.selecting import embedding_model, with_vectors
-    from dinov2cli.curation.collection import open_collection
     from dinov2cli.report.selection import curate_report
 
-    mode = _mode(config, query)
-    collection = open_collection(data)
-    queries = [open_collection(options.from_stdin(name)) for name in query]
-    inputs = [c.fingerprint for c in (collection, *queries)]
-    inputs += embedding_model(config, [collection, *queries])
-    identity = {**config.identity(), "mode": mode}
+    mode, collection, queries, inputs = ranks.together(lambda: _opened(data, query, config))
+    place: dict[str, Any] = {"config": {**config.identity(), "mode": mode}, "inputs": inputs, "overwrite": overwrite}
     if dry_run:
-        state = check_output(path, "selection", config=identity, inputs=inputs, overwrite=overwrite)
+        state = ranks.first(lambda: check_output(path, "selection", **place))
         facts = {
             "images": collection.rows,
             "mode": mode,
@@ -101,28 +102,61 @@ def run_curate(
         files = ["kept.parquet", "dropped.parquet", "report.html", "manifest.json"]
         talk.plan(f"curate {data}", {**facts, "files": files, "output": f"{path} ({state})"})
         return
-    out = open_output(talk, path, "selection", config=identity, seed=config.seed, inputs=inputs, overwrite=overwrite)
+    out = open_output(talk, path, "selection", seed=config.seed, ranks=ranks, **place)
     if out is None:
         return
     with out:
-        collection = with_vectors(collection, config, talk, path / "embeddings")
-        if collection.random:
-            talk.warn("these embeddings come from random weights: clusters follow colour and brightness, not content")
-        queries = [
-            with_vectors(c, config, talk, path / f"query_embeddings_{i}", like=collection)
-            for i, c in enumerate(queries)
-        ]
-        if mode == "balanced" and config.target_size is not None and config.target_size > collection.rows:
-            talk.warn(f"the pool holds {collection.rows:,} images, --target-size {config.target_size:,}: all are kept")
-            config = config.model_copy(update={"target_size": collection.rows})
-        found = _choose(mode, collection, queries, config)
-        html = curate_report(found, collection.images(), title=f"Images chosen from {data}")
-        manifest = write_selection(
-            out, kept=found.kept, dropped=found.dropped, report=html, hits=found.hits, summary=found.summary
-        )
+        found, images = ranks.together(lambda: _found(path, mode, collection, queries, config, talk, ranks))
+
+        def write() -> "Manifest":
+            html = curate_report(found, images(), title=f"Images chosen from {data}")
+            return write_selection(
+                out, kept=found.kept, dropped=found.dropped, report=html, hits=found.hits, summary=found.summary
+            )
+
+        manifest = ranks.first(write)
     for line in found.messages:
         talk.say(line)
     talk.result(path, **result_fields(manifest))
+
+
+def _opened(
+    data: str, query: list[str], config: "CurateConfig"
+) -> "tuple[str, Collection, list[Collection], list[dict[str, Any]]]":
+    """The mode, the pool, the query sets, and the inputs for the manifest."""
+    from dinov2cli.cli.selecting import embedding_model
+    from dinov2cli.curation.collection import open_collection
+
+    mode = _mode(config, query)
+    collection = open_collection(data)
+    queries = [open_collection(name) for name in query]
+    inputs = [c.fingerprint for c in (collection, *queries)]
+    return mode, collection, queries, inputs + embedding_model(config, [collection, *queries])
+
+
+def _found(
+    path: Path,
+    mode: str,
+    collection: "Collection",
+    queries: "list[Collection]",
+    config: "CurateConfig",
+    talk: "Talk",
+    ranks: Ranks,
+) -> "tuple[Curated, Callable[[], ImageSource]]":
+    """What was chosen, and the images of the pool; images without embeddings are embedded first."""
+    from dinov2cli.cli.selecting import with_vectors
+
+    collection = with_vectors(collection, config, talk, path / "embeddings", ranks=ranks)
+    if collection.random:
+        talk.warn("these embeddings come from random weights: clusters follow colour and brightness, not content")
+    queries = [
+        with_vectors(c, config, talk, path / f"query_embeddings_{i}", like=collection, ranks=ranks)
+        for i, c in enumerate(queries)
+    ]
+    if mode == "balanced" and config.target_size is not None and config.target_size > collection.rows:
+        talk.warn(f"the pool holds {collection.rows:,} images, --target-size {config.target_size:,}: all are kept")
+        config = config.model_copy(update={"target_size": collection.rows})
+    return _choose(mode, collection, queries, config, ranks), collection.images
 
 
 def _mode(config: "CurateConfig", query: list[str]) -> str:
@@ -138,7 +172,9 @@ def _mode(config: "CurateConfig", query: list[str]) -> str:
     return mode
 
 
-def _choose(mode: str, collection: "Collection", queries: "list[Collection]", config: "CurateConfig") -> "Curated":
+def _choose(
+    mode: str, collection: "Collection", queries: "list[Collection]", config: "CurateConfig", ranks: Ranks
+) -> "Curated":
     from dinov2cli.curation.retrieval import QuerySet, retrieve_clusters, retrieve_samples
     from dinov2cli.curation.sampling import sample_balanced
 
@@ -155,11 +191,20 @@ def _choose(mode: str, collection: "Collection", queries: "list[Collection]", co
             iterations=c.iterations,
             strategy=c.strategy,
             seed=c.seed,
+            ranks=ranks,
         )
     sets = [QuerySet(q.spec, q.vectors, q.table().column("id").to_pylist()) for q in queries if q.vectors is not None]
     if mode == "sample":
         return retrieve_samples(
-            pool, vectors, sets, k=c.neighbours, target_size=c.target_size, index=c.index, nprobe=c.nprobe, seed=c.seed
+            pool,
+            vectors,
+            sets,
+            k=c.neighbours,
+            target_size=c.target_size,
+            index=c.index,
+            nprobe=c.nprobe,
+            seed=c.seed,
+            ranks=ranks,
         )
     return retrieve_clusters(
         pool,
@@ -172,4 +217,5 @@ def _choose(mode: str, collection: "Collection", queries: "list[Collection]", co
         target_size=c.target_size,
         iterations=c.iterations,
         seed=c.seed,
+        ranks=ranks,
     )

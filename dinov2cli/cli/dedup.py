@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinov2cli.cli import options
+from dinov2cli.distributed import ALONE, Ranks, join
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from dinov2cli.artifacts.manifest import Manifest
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import DedupConfig
     from dinov2cli.curation.collection import Collection
+    from dinov2cli.curation.tables import Curated
 
 _AGAINST = "Also drop images that this set (evaluation images, say) already holds."
 _TIERS = "exact, perceptual, embedding: which comparisons to make; default: all that the input allows."
@@ -65,7 +70,9 @@ def dedup(
     }
     settings = load_config(DedupConfig, recipe=config, sets=set_ or [], flags=flags)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
-    run_dedup(options.from_stdin(data), out, settings, talk, against=against, dry_run=dry_run, overwrite=overwrite)
+    ranks = join(settings.device)
+    data, against = ranks.first(lambda: (options.from_stdin(data), options.from_stdin(against) if against else None))
+    run_dedup(data, out, settings, talk, against=against, dry_run=dry_run, overwrite=overwrite, ranks=ranks)
 
 
 def run_dedup(
@@ -77,71 +84,107 @@ def run_dedup(
     against: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Deduplicate into one selection directory; also what the demo calls."""
+    """Deduplicate into one selection directory, shared among `ranks`; also what the demo calls."""
     from dinov2cli.artifacts.selection import write_selection
     from dinov2cli.cli.frame import check_output, open_output, result_fields
-    from dinov2cli.cli.selecting import embedding_model, with_vectors
-    from dinov2cli.curation import dedup as core
-    from dinov2cli.curation.collection import open_collection
     from dinov2cli.report.selection import dedup_report
 
-    collection = open_collection(data)
-    reference = open_collection(options.from_stdin(against)) if against else None
-    tiers = _tiers(config, collection, talk)
-    inputs = [c.fingerprint for c in (collection, reference) if c is not None]
-    inputs += embedding_model(config, [collection, reference] if "embedding" in tiers else [])
-    identity = {**config.identity(), "tiers": tiers}
+    collection, reference, tiers, inputs = ranks.together(lambda: _opened(data, against, config, talk))
+    place: dict[str, Any] = {
+        "config": {**config.identity(), "tiers": tiers},
+        "inputs": inputs,
+        "overwrite": overwrite,
+    }
     if dry_run:
-        state = check_output(path, "selection", config=identity, inputs=inputs, overwrite=overwrite)
+        state = ranks.first(lambda: check_output(path, "selection", **place))
         facts = {"images": collection.rows, "reference images": reference.rows if reference else 0, "tiers": tiers}
         files = ["kept.parquet", "dropped.parquet", "groups.parquet", "report.html", "manifest.json"]
         talk.plan(f"dedup {data}", {**facts, "files": files, "output": f"{path} ({state})"})
         return
-    out = open_output(talk, path, "selection", config=identity, seed=config.seed, inputs=inputs, overwrite=overwrite)
+    out = open_output(talk, path, "selection", seed=config.seed, ranks=ranks, **place)
     if out is None:
         return
     with out:
-        if "embedding" in tiers:
-            collection = with_vectors(collection, config, talk, path / "embeddings")
-            if reference is not None:
-                reference = with_vectors(reference, config, talk, path / "reference_embeddings", like=collection)
-        pool, prints = _fingerprinted(collection, tiers, config, talk, "fingerprint")
-        known = None
-        if reference is not None:
-            ref_pool, ref_prints = _fingerprinted(reference, tiers, config, talk, "fingerprint reference")
-            known = core.Reference(
-                ids=ref_pool.column("id").to_pylist(),
-                sha256=ref_prints.sha256 if ref_prints else _column(ref_pool, "sha256"),
-                pixels=ref_prints.pixels if ref_prints else None,
-                hashes=ref_prints.hashes if ref_prints else None,
-                vectors=reference.vectors if "embedding" in tiers else None,
+        collection, pool, threshold, found = ranks.together(
+            lambda: _found(path, collection, reference, tiers, config, talk, ranks)
+        )
+
+        def write() -> "Manifest":
+            html = dedup_report(found, pool, collection.images(), title=f"Duplicates in {data}", threshold=threshold)
+            return write_selection(
+                out, kept=found.kept, dropped=found.dropped, groups=found.groups, report=html, summary=found.summary
             )
-        threshold = config.threshold if config.threshold is not None else core.BACKBONE_THRESHOLD
-        limit = config.against_threshold if config.against_threshold is not None else threshold
-        radius = config.hash_radius if config.hash_radius is not None else core.RADIUS
-        found = core.dedup(
-            pool,
-            vectors=collection.vectors if "embedding" in tiers else None,
-            fingerprints=prints,
-            threshold=threshold,
-            k=config.neighbours,
-            max_component=config.max_component,
-            against=known,
-            against_threshold=limit,
-            against_components=config.against_components,
-            index=config.index,
-            nprobe=config.nprobe,
-            hash_radius=radius,
-            seed=config.seed,
-        )
-        html = dedup_report(found, pool, collection.images(), title=f"Duplicates in {data}", threshold=threshold)
-        manifest = write_selection(
-            out, kept=found.kept, dropped=found.dropped, groups=found.groups, report=html, summary=found.summary
-        )
+
+        manifest = ranks.first(write)
     for line in found.messages:
         talk.say(line)
     talk.result(path, **result_fields(manifest))
+
+
+def _opened(
+    data: str, against: str | None, config: "DedupConfig", talk: "Talk"
+) -> "tuple[Collection, Collection | None, list[str], list[dict[str, Any]]]":
+    """The images, the reference, the tiers to run, and the inputs for the manifest."""
+    from dinov2cli.cli.selecting import embedding_model
+    from dinov2cli.curation.collection import open_collection
+
+    collection = open_collection(data)
+    reference = open_collection(against) if against else None
+    tiers = _tiers(config, collection, talk)
+    inputs = [c.fingerprint for c in (collection, reference) if c is not None]
+    inputs += embedding_model(config, [collection, reference] if "embedding" in tiers else [])
+    return collection, reference, tiers, inputs
+
+
+def _found(
+    path: Path,
+    collection: "Collection",
+    reference: "Collection | None",
+    tiers: list[str],
+    config: "DedupConfig",
+    talk: "Talk",
+    ranks: Ranks,
+) -> "tuple[Collection, pa.Table, float, Curated]":
+    """The collection (embedded, where need be), its pool, the threshold, and which images are duplicates."""
+    from dinov2cli.cli.selecting import with_vectors
+    from dinov2cli.curation import dedup as core
+
+    if "embedding" in tiers:
+        collection = with_vectors(collection, config, talk, path / "embeddings", ranks=ranks)
+        if reference is not None:
+            place = path / "reference_embeddings"
+            reference = with_vectors(reference, config, talk, place, like=collection, ranks=ranks)
+    pool, prints = _fingerprinted(collection, tiers, config, talk, ranks, "fingerprint")
+    known = None
+    if reference is not None:
+        ref_pool, ref_prints = _fingerprinted(reference, tiers, config, talk, ranks, "fingerprint reference")
+        known = core.Reference(
+            ids=ref_pool.column("id").to_pylist(),
+            sha256=ref_prints.sha256 if ref_prints else _column(ref_pool, "sha256"),
+            pixels=ref_prints.pixels if ref_prints else None,
+            hashes=ref_prints.hashes if ref_prints else None,
+            vectors=reference.vectors if "embedding" in tiers else None,
+        )
+    threshold = config.threshold if config.threshold is not None else core.BACKBONE_THRESHOLD
+    found = core.dedup(
+        pool,
+        vectors=collection.vectors if "embedding" in tiers else None,
+        fingerprints=prints,
+        threshold=threshold,
+        k=config.neighbours,
+        max_component=config.max_component,
+        against=known,
+        against_threshold=config.against_threshold if config.against_threshold is not None else threshold,
+        against_components=config.against_components,
+        index=config.index,
+        nprobe=config.nprobe,
+        hash_radius=config.hash_radius if config.hash_radius is not None else core.RADIUS,
+        seed=config.seed,
+        ranks=ranks,
+    )
+    return collection, pool, threshold, found
 
 
 def _tiers(config: "DedupConfig", collection: "Collection", talk: "Talk") -> list[str]:
@@ -168,7 +211,7 @@ def _tiers(config: "DedupConfig", collection: "Collection", talk: "Talk") -> lis
 
 
 def _fingerprinted(
-    collection: "Collection", tiers: list[str], config: "DedupConfig", talk: "Talk", label: str
+    collection: "Collection", tiers: list[str], config: "DedupConfig", talk: "Talk", ranks: Ranks, label: str
 ) -> tuple[Any, Any]:
     """The pool table and, where the tiers need the pixels, the fingerprints of its images."""
     from dinov2cli.cli.frame import workers_for
@@ -185,6 +228,7 @@ def _fingerprinted(
             workers=workers_for(config.workers) + 1,  # threads; the reading one waits most of the time
             bad=BadImages(config.max_bad_fraction),
             progress=absolute(advance),
+            ranks=ranks,
         )
     if "perceptual" not in tiers:
         prints = prints.exact_only()

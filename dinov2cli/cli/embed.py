@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinov2cli.cli import options
+from dinov2cli.distributed import ALONE, Ranks, join
 
 if TYPE_CHECKING:
+    from dinov2cli.artifacts.manifest import Manifest
     from dinov2cli.artifacts.output import Output
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import EmbedConfig
@@ -68,7 +70,9 @@ def embed(
     }
     settings = load_config(EmbedConfig, recipe=config, sets=set_ or [], flags=flags)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
-    run_embed(options.from_stdin(data), out, settings, talk, dry_run=dry_run, overwrite=overwrite)
+    ranks = join(settings.device)
+    data = ranks.first(lambda: options.from_stdin(data))
+    run_embed(data, out, settings, talk, dry_run=dry_run, overwrite=overwrite, ranks=ranks)
 
 
 def run_embed(
@@ -79,9 +83,35 @@ def run_embed(
     *,
     dry_run: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Embed into one directory; also what other commands call."""
-    from dinov2cli.cli.frame import canonical_model, check_output, model_input, open_output, result_fields
+    """Embed into one directory, shared among `ranks`; also what other commands call.
+
+    When it returns, on any rank, the directory is whole.
+    """
+    from dinov2cli.cli.frame import check_output, model_input, open_output, result_fields
+
+    config, source, loaded = ranks.together(lambda: _opened(data, config))
+    assert config.model is not None
+    inputs = [source.fingerprint(), model_input(config.model, loaded.fingerprint)]
+    identity = config.identity()
+    identity.pop("batch_size")
+    place: dict[str, Any] = {"config": identity, "inputs": inputs, "overwrite": overwrite}
+    if dry_run:
+        state = ranks.first(lambda: check_output(path, "embeddings", **place))
+        talk.plan(f"embed {data}", {**_plan(config, source, loaded), "output": f"{path} ({state})"})
+        return
+    out = open_output(talk, path, "embeddings", seed=config.seed, ranks=ranks, **place)
+    if out is None:
+        return
+    with out:
+        manifest = _write(out, source, loaded, config, talk, ranks)
+    talk.say(f"{path}: {manifest.rows:,} images embedded, dimension {manifest.extra['dim']}")
+    talk.result(path, **result_fields(manifest))
+
+
+def _opened(data: str, config: "EmbedConfig") -> "tuple[EmbedConfig, ImageSource, LoadedModel]":
+    from dinov2cli.cli.frame import canonical_model
     from dinov2cli.data.source import open_source
     from dinov2cli.errors import UserError
     from dinov2cli.models.load import load_model
@@ -90,64 +120,62 @@ def run_embed(
         raise UserError(
             "embed needs a model; give -m MODEL: a run, a Hugging Face directory or name, a .pth, or vits14"
         )
-    config = config.model_copy(update={"model": canonical_model(config.model)})
-    assert config.model is not None
+    model = canonical_model(config.model)
     source = open_source(data)
-    loaded = load_model(config.model, img_size=config.image_size, seed=config.seed)
-    inputs = [source.fingerprint(), model_input(config.model, loaded.fingerprint)]
-    identity = config.identity()
-    identity.pop("batch_size")
-    if dry_run:
-        state = check_output(path, "embeddings", config=identity, inputs=inputs, overwrite=overwrite)
-        talk.plan(f"embed {data}", {**_plan(config, source, loaded), "output": f"{path} ({state})"})
-        return
-    out = open_output(talk, path, "embeddings", config=identity, seed=config.seed, inputs=inputs, overwrite=overwrite)
-    if out is None:
-        return
-    with out:
-        manifest = _write(out, source, loaded, config, talk)
-    talk.say(f"{path}: {manifest.rows:,} images embedded, dimension {manifest.extra['dim']}")
-    talk.result(path, **result_fields(manifest))
+    return (
+        config.model_copy(update={"model": model}),
+        source,
+        load_model(model, img_size=config.image_size, seed=config.seed),
+    )
 
 
-def _write(out: "Output", source: "ImageSource", loaded: "LoadedModel", config: "EmbedConfig", talk: "Talk") -> Any:
+def _write(
+    out: "Output", source: "ImageSource", loaded: "LoadedModel", config: "EmbedConfig", talk: "Talk", ranks: Ranks
+) -> "Manifest":
     from dinov2cli.artifacts.embeddings import EmbeddingsWriter
     from dinov2cli.cli.frame import workers_for
     from dinov2cli.data.bad import BadImages
-    from dinov2cli.data.loader import iterate_images
-    from dinov2cli.device import choose_device, choose_precision
+    from dinov2cli.data.loader import row_ranges
     from dinov2cli.evaluation.embedding import first_missing_shard, shard_count, write_shards
-    from dinov2cli.evaluation.features import extract, pooled_dim
+    from dinov2cli.evaluation.features import pooled_dim, stream_features
 
-    device = choose_device(config.device)
-    precision, _ = choose_precision(config.precision, device)
-    loaded.backbone.to(device)
+    precision = ranks.together(lambda: _to_device(loaded, config, ranks))
+    rows, size = len(source), config.shard_size
     writer = EmbeddingsWriter(out, pooled_dim(loaded.backbone.embed_dim, config.pool), normalized=config.normalize)
-    start = first_missing_shard(writer, len(source), config.shard_size) * config.shard_size
+    start = ranks.first(lambda: first_missing_shard(writer, rows, size) * size)
     bad = BadImages(config.max_bad_fraction)
-    images = iterate_images(
-        source,
-        resize=loaded.preprocess.resize,
-        crop=loaded.preprocess.crop,
-        batch_size=config.batch_size,
-        workers=workers_for(config.workers),
-        bad=bad,
-        start=start,
-    )
-    with talk.progress("embed", len(source) - min(start, len(source))) as advance:
-        features = extract(
+    with (
+        talk.progress("embed", rows - min(start, rows)) as advance,
+        stream_features(
             loaded.backbone,
-            images,
+            source,
+            row_ranges(start, rows, config.batch_size, within=size),
             preprocess=loaded.preprocess,
+            workers=workers_for(config.workers),
+            bad=bad,
+            ranks=ranks,
             pool=config.pool,
             patches=config.patch,
             precision=precision,
-        )
-        write_shards(features, source, writer, shard_size=config.shard_size, start=start, advance=advance)
-    rows = sum(writer.shard_rows(shard) for shard in range(shard_count(len(source), config.shard_size)))
-    return writer.finish(
-        rows, random=loaded.random, images=len(source), unreadable=len(source) - rows, bad=dict(bad.reasons)
-    )
+        ) as features,
+    ):
+        write_shards(features, source, writer, shard_size=size, start=start, advance=advance)
+
+    def finish() -> "Manifest":
+        written = sum(writer.shard_rows(shard) for shard in range(shard_count(rows, size)))
+        facts: dict[str, Any] = {"random": loaded.random, "images": rows, "unreadable": rows - written}
+        return writer.finish(written, **facts, bad=dict(bad.reasons))
+
+    return ranks.first(finish)
+
+
+def _to_device(loaded: "LoadedModel", config: "EmbedConfig", ranks: Ranks) -> str:
+    """Bring the model to this rank's device; return the precision to compute in."""
+    from dinov2cli.device import choose_device, choose_precision
+
+    device = choose_device(config.device, local_rank=ranks.local_rank)
+    loaded.backbone.to(device)
+    return choose_precision(config.precision, device)[0]
 
 
 def _plan(config: "EmbedConfig", source: "ImageSource", loaded: "LoadedModel") -> dict[str, Any]:

@@ -7,14 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinov2cli.cli import options
+from dinov2cli.distributed import ALONE, Ranks, join
 
 if TYPE_CHECKING:
+    from dinov2cli.artifacts.manifest import Manifest
+    from dinov2cli.artifacts.output import Output
+    from dinov2cli.artifacts.results import ResultRow
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import EvalConfig, KnnConfig, LinearConfig
     from dinov2cli.data.source import ImageSource
     from dinov2cli.evaluation.features import Features
     from dinov2cli.evaluation.tasks import Outcome
     from dinov2cli.models.load import LoadedModel
+
+    Judge = Callable[[], Outcome]
 
 app = typer.Typer(no_args_is_help=True, help="Measure frozen features, with confidence intervals.")
 Train = Annotated[str, typer.Option("--train", metavar="D", help="Labelled images to learn from.")]
@@ -58,7 +64,9 @@ def knn(
     }
     settings = load_config(KnnConfig, recipe=config, sets=set_ or [], flags=flags)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
-    run_eval("knn", model, train, test, out, settings, talk, dry_run=dry_run, overwrite=overwrite)
+    ranks = join(settings.device)
+    model = ranks.first(lambda: options.from_stdin(model))
+    run_eval("knn", model, train, test, out, settings, talk, dry_run=dry_run, overwrite=overwrite, ranks=ranks)
 
 
 @app.command("linear")
@@ -90,7 +98,9 @@ def linear(
     flags = {"image_size": image_size, "workers": workers, "device": device, "seed": seed}
     settings = load_config(LinearConfig, recipe=config, sets=set_ or [], flags=flags)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
-    run_eval("linear", model, train, test, out, settings, talk, dry_run=dry_run, overwrite=overwrite)
+    ranks = join(settings.device)
+    model = ranks.first(lambda: options.from_stdin(model))
+    run_eval("linear", model, train, test, out, settings, talk, dry_run=dry_run, overwrite=overwrite, ranks=ranks)
 
 
 def run_eval(
@@ -104,54 +114,79 @@ def run_eval(
     *,
     dry_run: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Evaluate into one results directory; also what the demo calls."""
+    """Evaluate into one results directory, features shared among `ranks`; also what the demo calls.
+
+    The main process judges and writes, the others wait for it.
+    """
     from dataclasses import asdict
 
-    from dinov2cli.artifacts.results import write_results
     from dinov2cli.cli.frame import canonical_model, check_output, model_input, open_output, result_fields
-    from dinov2cli.data.source import open_source
-    from dinov2cli.models.load import load_model
-    from dinov2cli.report.results import results_report
 
-    model = canonical_model(options.from_stdin(model))
-    sources = [open_source(spec) for spec in (train, test)]
-    loaded = load_model(model, img_size=config.image_size, seed=config.seed)
+    model = canonical_model(model)
+    sources, loaded = ranks.together(lambda: _opened(model, (train, test), config))
     inputs = [*(s.fingerprint() for s in sources), model_input(model, loaded.fingerprint)]
     identity = {"task": task, **config.identity()}
     identity.pop("batch_size")
+    place: dict[str, Any] = {"config": identity, "inputs": inputs, "overwrite": overwrite}
     if dry_run:
-        state = check_output(path, "results", config=identity, inputs=inputs, overwrite=overwrite)
+        state = ranks.first(lambda: check_output(path, "results", **place))
         facts = {"model": loaded.name, "train images": len(sources[0]), "test images": len(sources[1])}
         files = ["results.json", "results.parquet", "report.html", "manifest.json"]
         talk.plan(f"eval {task} {model}", {**facts, "files": files, "output": f"{path} ({state})"})
         return
-    out = open_output(talk, path, "results", config=identity, seed=config.seed, inputs=inputs, overwrite=overwrite)
+    out = open_output(talk, path, "results", seed=config.seed, ranks=ranks, **place)
     if out is None:
         return
     with out:
-        outcome = _BENCHMARKS[task](loaded, sources, config, talk)
-        result = outcome.result
-        for note in result.notes:
-            talk.warn(note)
-        rows = result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
-        html = results_report(rows, title=f"{task} of {loaded.name}")
-        manifest = write_results(out, rows, predictions=outcome.table(*sources), report=html, random=loaded.random)
+        judge = ranks.together(lambda: _BENCHMARKS[task](loaded, sources, config, talk, ranks))
+        rows, manifest = ranks.first(lambda: _judged(task, judge(), out, loaded, sources, config, talk))
     for row in rows:
         talk.say(f"{row.metric}: {row.value:.1%} [{row.ci_low:.1%}, {row.ci_high:.1%}] on {row.n:,} images")
     talk.result(path, **result_fields(manifest), results=[asdict(row) for row in rows])
 
 
-def _knn(loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig", talk: "Talk") -> "Outcome":
+def _opened(model: str, specs: tuple[str, str], config: "EvalConfig") -> "tuple[list[ImageSource], LoadedModel]":
+    from dinov2cli.data.source import open_source
+    from dinov2cli.models.load import load_model
+
+    sources = [open_source(spec) for spec in specs]
+    return sources, load_model(model, img_size=config.image_size, seed=config.seed)
+
+
+def _judged(
+    task: str,
+    outcome: "Outcome",
+    out: "Output",
+    loaded: "LoadedModel",
+    sources: "list[ImageSource]",
+    config: "EvalConfig",
+    talk: "Talk",
+) -> "tuple[list[ResultRow], Manifest]":
+    from dinov2cli.artifacts.results import write_results
+    from dinov2cli.report.results import results_report
+
+    result = outcome.result
+    for note in result.notes:
+        talk.warn(note)
+    rows = result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
+    html = results_report(rows, title=f"{task} of {loaded.name}")
+    return rows, write_results(out, rows, predictions=outcome.table(*sources), report=html, random=loaded.random)
+
+
+def _knn(
+    loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig", talk: "Talk", ranks: Ranks
+) -> "Judge":
     from dinov2cli.evaluation.tasks import knn as task
 
-    train = _features(loaded, sources[0], config, talk, pool=config.pool)
+    train = _features(loaded, sources[0], config, talk, ranks, pool=config.pool)
     if _same_images(sources):
         talk.warn("train and test are the same images: each is left out of its own neighbours")
         test = None
     else:
-        test = _features(loaded, sources[1], config, talk, pool=config.pool)
-    return task(
+        test = _features(loaded, sources[1], config, talk, ranks, pool=config.pool)
+    return lambda: task(
         train,
         test,
         ks=config.neighbours,
@@ -162,15 +197,17 @@ def _knn(loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig
     )
 
 
-def _linear(loaded: "LoadedModel", sources: "list[ImageSource]", config: "LinearConfig", talk: "Talk") -> "Outcome":
+def _linear(
+    loaded: "LoadedModel", sources: "list[ImageSource]", config: "LinearConfig", talk: "Talk", ranks: Ranks
+) -> "Judge":
     from dinov2cli.evaluation.tasks import linear as task
 
     if _same_images(sources):
         talk.warn("train and test are the same images: the figures say how well they are remembered, not recognised")
     last = max(config.blocks)
-    train, test = (_features(loaded, source, config, talk, last_blocks=last) for source in sources)
+    train, test = (_features(loaded, source, config, talk, ranks, last_blocks=last) for source in sources)
     talk.say("training the grid of linear heads on cached features")
-    return task(
+    return lambda: task(
         train,
         test,
         seed=config.seed,
@@ -190,18 +227,19 @@ def _same_images(sources: "list[ImageSource]") -> bool:
     return len(train) == len(test) and train.content_hash() == test.content_hash() and train.ids == test.ids
 
 
-_BENCHMARKS: dict[str, Callable[..., "Outcome"]] = {"knn": _knn, "linear": _linear}
+# Collect the features, all ranks together; what they return makes the judgement of them, on the main process.
+_BENCHMARKS: dict[str, Callable[..., "Judge"]] = {"knn": _knn, "linear": _linear}
 
 
 def _features(
-    loaded: "LoadedModel", source: "ImageSource", config: "EvalConfig", talk: "Talk", **what: Any
+    loaded: "LoadedModel", source: "ImageSource", config: "EvalConfig", talk: "Talk", ranks: Ranks, **what: Any
 ) -> "Features":
     from dinov2cli.cli.frame import workers_for
     from dinov2cli.data.bad import BadImages
     from dinov2cli.device import choose_device, choose_precision
     from dinov2cli.evaluation.features import extract_source
 
-    device = choose_device(config.device)
+    device = choose_device(config.device, local_rank=ranks.local_rank)
     precision, _ = choose_precision(config.precision, device)
     loaded.backbone.to(device)
     done = 0
@@ -221,5 +259,6 @@ def _features(
             workers=workers_for(config.workers),
             bad=BadImages(config.max_bad_fraction),
             on_rate=on_rate,
+            ranks=ranks,
             **what,
         )

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinov2cli.distributed import ALONE, Ranks
+
 if TYPE_CHECKING:
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import CurateConfig, DedupConfig
@@ -30,8 +32,9 @@ def with_vectors(
     place: Path,
     *,
     like: "Collection | None" = None,
+    ranks: Ranks = ALONE,
 ) -> "Collection":
-    """Return `collection` with vectors, embedding its images into `place` when it has none.
+    """Return `collection` with vectors, embedding its images into `place` when it has none (`ranks` share the work).
 
     `like` is the collection it will be compared with: its model is used, and embeddings of another model are refused.
     Raises UserError when there is neither a model nor embeddings.
@@ -62,7 +65,7 @@ def with_vectors(
         raise UserError(
             f"{collection.spec} holds images without embeddings; give -m MODEL, or the output of `dinov2 embed`"
         )
-    run_embed(collection.spec, place, embed_config, talk.inner())
+    run_embed(collection.spec, place, embed_config, talk.inner(), ranks=ranks)
     embedded = open_collection(str(place))
     return replace(embedded, spec=collection.spec, fingerprint=collection.fingerprint)
 

@@ -11,6 +11,7 @@ from dinov2cli.curation.resolve import EdgeTable, drop_outright, join_tiers, kee
 from dinov2cli.curation.summary import dedup_messages, dedup_summary
 from dinov2cli.curation.tables import Curated, kept_table, other_rows
 from dinov2cli.curation.tiers import Keys, Reference, Tier, exact_tier, perceptual_tier, reference_matches
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 from dinov2cli.search.components import component_labels, cut_components
 from dinov2cli.search.edges import Edges
@@ -47,6 +48,7 @@ def dedup(
     nprobe: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Curated:
     """Remove duplicates within a pool, and what a reference set already holds.
 
@@ -60,8 +62,8 @@ def dedup(
     against: rows that match it directly are dropped first (cosine > against_threshold); with `against_components`
     all that is joined to such a row goes too, which is the paper's form.
 
-    The kept set does not depend on the order of the pool. Raises UserError without any tier to run, or for a
-    threshold outside (0, 1].
+    The kept set does not depend on the order of the pool. The ranks share every search, and all get the result. Raises
+    UserError without any tier to run, or for a threshold outside (0, 1].
     """
     for name, value in (("threshold", threshold), ("against_threshold", against_threshold)):
         if not 0 < value <= 1:
@@ -74,13 +76,14 @@ def dedup(
             "`dinov2 embed`"
         )
     priority = keep_order(pool)
-    search: dict[str, Any] = {"index": index, "nprobe": nprobe, "seed": seed}
+    search: dict[str, Any] = {"index": index, "nprobe": nprobe, "seed": seed, "ranks": ranks}
     tiers = [] if sha256 is None else [exact_tier("bytes", sha256, priority)]
     if fingerprints is not None:
         tiers.append(exact_tier("pixels", fingerprints.pixels, priority))
     exact = join_tiers(tiers) if tiers else None
     if fingerprints is not None:
-        tiers.append(perceptual_tier(hash_edges(fingerprints.hashes, radius=hash_radius), hash_radius))
+        near = hash_edges(fingerprints.hashes, radius=hash_radius, ranks=ranks)
+        tiers.append(perceptual_tier(near, hash_radius))
     if vectors is not None:
         copies = _exact_copies(rows, exact)
         tiers.append(_embedding_tier(vectors, threshold, copies, rows, k=k, progress=progress, **search))

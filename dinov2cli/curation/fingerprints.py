@@ -1,9 +1,8 @@
 """Digests and perceptual hashes of the images of a source, read once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +12,10 @@ import pyarrow as pa
 from dinov2cli.curation.tables import pool_from_metadata
 from dinov2cli.data.bad import BadImage, BadImages
 from dinov2cli.data.decode import decode_image
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.search.hamming import HashTable, stack_hashes
 from dinov2cli.search.hashing import PerceptualHash, bytes_digest, perceptual_hash, pixel_digest, sharpness
-from dinov2cli.search.neighbours import Progress
+from dinov2cli.search.neighbours import Progress, over_blocks
 
 _CHUNK = 256
 
@@ -68,29 +68,36 @@ class _One:
 
 
 def fingerprint_images(
-    source: Images, *, workers: int = 1, bad: BadImages | None = None, progress: Progress | None = None
+    source: Images,
+    *,
+    workers: int = 1,
+    bad: BadImages | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Fingerprints:
     """Decode every image once and keep its digests, size, sharpness and perceptual hash (about 600 bytes an image).
 
-    Files are read in order by one thread, decoded by `workers` threads. An image that cannot be read is a row
-    without fingerprints, named in `unreadable` and counted in `bad`, which may raise InputError when there are
-    too many.
+    Files are read in order by one thread, decoded by `workers` threads; the ranks share them, and all get the whole.
+    An image that cannot be read is a row without fingerprints, named in `unreadable` and counted in `bad`, which may
+    raise InputError when there are too many.
     """
     bad = bad if bad is not None else BadImages()
     total = len(source)
     results: list[_One | None] = []
     unreadable: dict[int, str] = {}
     with ThreadPoolExecutor(max(1, workers)) as threads:
-        for chunk in _chunks(range(total)):
-            files = [_read(source, i) for i in chunk]
-            for i, one in zip(chunk, threads.map(_fingerprint, files), strict=True):
+
+        def chunk(start: int) -> list[_One | BadImage]:
+            files = [_read(source, i) for i in range(start, min(start + _CHUNK, total))]
+            return list(threads.map(_fingerprint, files))
+
+        for found in over_blocks(chunk, total, _CHUNK, progress=progress, ranks=ranks):
+            for i, one in enumerate(found, start=len(results)):
                 if isinstance(one, BadImage):
                     unreadable[i] = one.reason
                     bad.add(source.ids[i], one.reason)
-                results.append(None if isinstance(one, BadImage) else one)
+            results += [None if isinstance(one, BadImage) else one for one in found]
             bad.check(total)
-            if progress is not None:
-                progress(len(results), total)
     return Fingerprints(
         width=np.array([r.width if r else 0 for r in results], dtype=np.int32),
         height=np.array([r.height if r else 0 for r in results], dtype=np.int32),
@@ -125,12 +132,6 @@ def pool_from_images(source: Images, fingerprints: Fingerprints | None = None) -
         for name in rest.column_names:
             columns.setdefault(name, rest.column(name))
     return pool_from_metadata(pa.table(columns), source="")
-
-
-def _chunks(indices: range) -> Iterator[list[int]]:
-    stream = iter(indices)
-    while chunk := list(islice(stream, _CHUNK)):
-        yield chunk
 
 
 def _read(source: Images, i: int) -> tuple[str, bytes | BadImage]:

@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from dinov2cli.curation.sampling import waterfill
 from dinov2cli.curation.tables import Curated, dropped_table, kept_table, other_rows
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
-from dinov2cli.search.index import build_index
+from dinov2cli.search.index import SearchIndex, build_index
 from dinov2cli.search.kmeans import KMeans, assign, fit_kmeans, rank_in_group
 from dinov2cli.search.neighbours import Progress, neighbour_blocks
 from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors
@@ -56,23 +57,24 @@ def retrieve_samples(
     nprobe: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Curated:
     """Sample-based retrieval: the k pool images nearest to every query image, each once.
 
     The paper's k is 4 for large query sets and 32 for ImageNet-1k. With a target size k is doubled until the union
     reaches it, and the union is then cut to exactly that size by rank: every query's first neighbour before any
     query's second. kept has the best hit of every image (query_source, query_id, query_rank, query_similarity) and
-    how many queries asked for it (query_hits); `hits` lists all pairs. Raises UserError without queries or for a
-    target the pool cannot give.
+    how many queries asked for it (query_hits); `hits` lists all pairs. The ranks share the search, and all get the
+    result. Raises UserError without queries or for a target the pool cannot give.
     """
     source = as_vectors(vectors)
     _check(queries, target_size, source.rows)
-    built = build_index(source, index=index, nprobe=nprobe, seed=seed)
+    built = build_index(source, index=index, nprobe=nprobe, seed=seed, ranks=ranks)
     k = min(k, source.rows)
-    hits = _search(built, queries, k, progress)
+    hits = _search(built, queries, k, progress, ranks)
     while target_size is not None and len(np.unique(hits.row)) < target_size and k < source.rows:
         k = min(2 * k, source.rows)
-        hits = _search(built, queries, k, progress)
+        hits = _search(built, queries, k, progress, ranks)
     # Best hit first: lowest rank, then most similar, then the order of sets, queries and rows.
     order = np.lexsort((hits.query, hits.set, -hits.similarity, hits.rank, hits.row))
     hits = hits.take(order)
@@ -124,6 +126,7 @@ def retrieve_clusters(
     kmeans: KMeans | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Curated:
     """Cluster-based retrieval: random pool images from the clusters in which a query set is at home.
 
@@ -132,17 +135,18 @@ def retrieve_clusters(
     up to `per_set`, poured evenly over its clusters; a target size is poured over all chosen clusters alike. The
     draw order within a cluster is one for all sets, so that sets meeting in a cluster share images and the limit
     holds for their union. kept has `cluster`, `query_source` (all sets that chose the image, joined by ';') and
-    `query_count` (their images in the cluster). Raises UserError when no cluster qualifies.
+    `query_count` (their images in the cluster). The ranks share the passes, and all get the result. Raises UserError
+    when no cluster qualifies.
     """
     source = as_vectors(vectors)
     _check(queries, target_size, source.rows)
     if kmeans is None:
         k = clusters or default_clusters(source.rows)
-        kmeans = fit_kmeans(source, k, iterations=iterations, seed=seed)
-    label = assign(source, kmeans, progress=progress).label
+        kmeans = fit_kmeans(source, k, iterations=iterations, seed=seed, ranks=ranks)
+    label = assign(source, kmeans, progress=progress, ranks=ranks).label
     size = np.bincount(label, minlength=kmeans.k)
     counts = np.stack(
-        [np.bincount(assign(q.vectors, kmeans).label, minlength=kmeans.k) for q in queries]
+        [np.bincount(assign(q.vectors, kmeans, ranks=ranks).label, minlength=kmeans.k) for q in queries]
     )  # [sets, clusters]
     at_home = counts > more_than
     if not at_home.any():
@@ -215,10 +219,10 @@ def _check(queries: Sequence[QuerySet], target_size: int | None, rows: int) -> N
         raise UserError(f"--target-size {target_size}: the pool holds {rows} images; expected between 1 and that")
 
 
-def _search(built, queries: Sequence[QuerySet], k: int, progress: Progress | None) -> _Hits:  # type: ignore[no-untyped-def]
+def _search(built: SearchIndex, queries: Sequence[QuerySet], k: int, progress: Progress | None, ranks: Ranks) -> _Hits:
     parts: list[_Hits] = []
     for position, query in enumerate(queries):
-        for found in neighbour_blocks(built, query.vectors, k, progress=progress):
+        for found in neighbour_blocks(built, query.vectors, k, progress=progress, ranks=ranks):
             offset, rank = np.nonzero(found.row >= 0)
             parts.append(
                 _Hits(

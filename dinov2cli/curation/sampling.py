@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from dinov2cli.curation.tables import Curated, dropped_table, kept_table, other_rows
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 from dinov2cli.search.hierarchy import Hierarchy, default_levels, fit_hierarchy
 from dinov2cli.search.kmeans import rank_in_group
@@ -28,13 +29,15 @@ def sample_balanced(
     spherical: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Curated:
     """Exactly `target_size` rows of the pool, spread over its clusters as evenly as their sizes allow.
 
     The pool is clustered in `levels` (see `fit_hierarchy`; by default about 32 rows per finest cluster and a tenth
     of the clusters at each further level) and sampled by `sample_tree` (Vo et al. 2024, section 3.3). strategy:
     `random` rows of the finest clusters, or those `closest` to the centroid. Deterministic by seed. kept has the
-    columns `cluster` (finest) and `cluster_top` (coarsest). Raises UserError for a target the pool cannot give.
+    columns `cluster` (finest) and `cluster_top` (coarsest). All `ranks` get the result. Raises UserError for a target
+    the pool cannot give.
     """
     source = as_vectors(vectors, unit=spherical)
     if not 1 <= target_size <= source.rows:
@@ -52,6 +55,7 @@ def sample_balanced(
         spherical=spherical,
         seed=seed,
         progress=progress,
+        ranks=ranks,
     )
     rows = sample_tree(tree, target_size, strategy=strategy, seed=seed)
     labels = tree.labels()

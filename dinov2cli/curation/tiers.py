@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.search.edges import Edges, make_edges
 from dinov2cli.search.hamming import BITS, HashTable, best_hash_match
 from dinov2cli.search.neighbours import Progress, best_match
@@ -88,6 +89,7 @@ def reference_matches(
     nprobe: int = 32,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Matches:
     """The reference image that each row repeats, by the most certain tier that both sides have.
 
@@ -101,11 +103,11 @@ def reference_matches(
             row = np.array([position.get(key, -1) if key else -1 for key in ours], dtype=np.int64)
             _take(found, tier, row, np.ones(rows))
     if hashes is not None and reference.hashes is not None:
-        similarity, row = best_hash_match(hashes, reference.hashes, radius=hash_radius)
+        similarity, row = best_hash_match(hashes, reference.hashes, radius=hash_radius, ranks=ranks)
         _take(found, 2, row, similarity)
     if vectors is not None and reference.vectors is not None and len(reference.ids):
         similarity, row = best_match(
-            vectors, reference.vectors, index=index, nprobe=nprobe, seed=seed, progress=progress
+            vectors, reference.vectors, index=index, nprobe=nprobe, seed=seed, progress=progress, ranks=ranks
         )
         _take(found, 3, np.where(similarity > threshold, row, -1), similarity)
     return found

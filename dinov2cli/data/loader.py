@@ -5,7 +5,7 @@ the main process counts it, and alone decides and reports.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from dinov2cli.data.decode import MAX_PIXELS, decode_image, resize_center_crop
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.workers import worker_loader
 
-__all__ = ["Batch", "CropLoader", "iterate_images"]
+__all__ = ["Batch", "CropLoader", "Reading", "iterate_images", "read_ranges", "row_ranges"]
 
 
 @dataclass
@@ -36,6 +36,40 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+@dataclass
+class Reading:
+    """What came of one range of rows: the images that could be read (none, perhaps), and (name, reason) of the rest."""
+
+    batch: Batch
+    failures: list[tuple[str, str]]
+
+
+def row_ranges(start: int, stop: int, batch_size: int, *, within: int | None = None) -> list[tuple[int, int]]:
+    """Half-open ranges of at most `batch_size` rows that cover start .. stop; none crosses a multiple of `within`.
+
+    So with `within` the batches of a shard are the same ones wherever a run starts.
+    """
+    size = within or max(stop, 1)
+    return [
+        (first, min(first + batch_size, low + size, stop))
+        for low in range(start - start % size, stop, size)
+        for first in range(max(low, start), min(low + size, stop), batch_size)
+    ]
+
+
+def read_ranges(
+    source: ImageSource,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    resize: int,
+    crop: int,
+    workers: int,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Reading]:
+    """One Reading per range, in order; the arguments are those of `iterate_images`. Counts and reports nothing."""
+    return worker_loader(_RangeReader(source, resize, crop, max_pixels), ranges, min(workers, len(ranges)))
 
 
 def iterate_images(
@@ -65,18 +99,17 @@ def iterate_images(
         InputError: too many unreadable images.
     """
     stop = len(source) if stop is None else min(stop, len(source))
-    ranges = [(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)]
-    reader = _RangeReader(source, resize, crop, max_pixels)
-    for batch, failures in worker_loader(reader, ranges, min(workers, len(ranges))):
-        for name, reason in failures:
+    ranges = row_ranges(start, stop, batch_size)
+    for found in read_ranges(source, ranges, resize=resize, crop=crop, workers=workers, max_pixels=max_pixels):
+        for name, reason in found.failures:
             bad.add(name, reason)
         bad.check(len(source))
-        if len(batch):
-            yield batch
+        if len(found.batch):
+            yield found.batch
 
 
 class _RangeReader:
-    """Turns (first, stop) into a Batch and a list of failures; runs in a worker."""
+    """Turns (first, stop) into a Reading; runs in a worker."""
 
     def __init__(self, source: ImageSource, resize: int, crop: int, max_pixels: int) -> None:
         self._source = source
@@ -84,7 +117,7 @@ class _RangeReader:
         self._crop = crop
         self._max_pixels = max_pixels
 
-    def __getitem__(self, rows: tuple[int, int]) -> tuple[Batch, list[tuple[str, str]]]:
+    def __getitem__(self, rows: tuple[int, int]) -> Reading:
         images: list[torch.Tensor] = []
         sizes: list[tuple[int, int, int]] = []
         digests: list[str] = []
@@ -101,4 +134,4 @@ class _RangeReader:
             digests.append(hashlib.sha256(data).hexdigest())
         table = np.array(sizes, dtype=np.int64).reshape(-1, 3)
         stacked = torch.stack(images) if images else torch.empty(0, 3, self._crop, self._crop, dtype=torch.uint8)
-        return Batch(table[:, 0], stacked, table[:, 1], table[:, 2], digests), failures
+        return Reading(Batch(table[:, 0], stacked, table[:, 1], table[:, 2], digests), failures)

@@ -41,8 +41,12 @@ def worker_loader(reader: TaskReader, tasks: Iterable[Any], workers: int, *, pre
 
 
 def default_workers(limit: int = 16) -> int:
-    """Processor cores this process may use, less one for the main process, from 1 to `limit`."""
+    """Processor cores this process may use, less one for the main process, from 1 to `limit`.
+
+    The processes that a launcher started on this machine share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(cores - 1, limit))
 
 

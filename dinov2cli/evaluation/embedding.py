@@ -1,6 +1,6 @@
 """Embedding a source into shards on disk: one per fixed range of rows, so that a stopped run goes on at a shard."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -35,12 +35,13 @@ def write_shards(
 ) -> None:
     """Write every shard from row `start` (the first row of a shard) to the end of `source`.
 
-    `features` come in row order; rows may be missing where images could not be read. Vectors are L2-normalised if the
-    writer says so. A shard is written when the first row beyond it arrives, so at most one is held in memory.
+    `features` come in row order, each of rows of one shard (see `row_ranges`); rows may be missing where images could
+    not be read. Vectors are L2-normalised if the writer says so. A shard is written when the first row beyond it
+    arrives, so at most one is held in memory.
     """
     shards = shard_count(len(source), shard_size)
     shard = start // shard_size
-    parts: list[tuple[np.ndarray, FeatureBatch[Batch]]] = []
+    parts: list[FeatureBatch[Batch]] = []
 
     def flush() -> None:
         nonlocal shard
@@ -48,52 +49,42 @@ def write_shards(
         parts.clear()
         shard += 1
 
-    for which, part in _by_shard(features, shard_size):
-        while shard < which[0]:
+    for part in features:
+        while shard < part.batch.index[0] // shard_size:
             flush()
         parts.append(part)
         if advance is not None:
-            advance(len(part[0]))
+            advance(len(part.batch))
     while shard < shards:
         flush()
 
 
-def _by_shard(
-    features: Iterable[FeatureBatch[Batch]], shard_size: int
-) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, FeatureBatch[Batch]]]]:
-    """Yield (shard numbers, (positions in the batch, batch)), a batch over a border of two shards once for each."""
-    for batch in features:
-        shard = batch.batch.index // shard_size
-        for number in np.unique(shard):
-            here = np.flatnonzero(shard == number)
-            yield shard[here], (here, batch)
-
-
 def _joined(
-    parts: list[tuple[np.ndarray, FeatureBatch[Batch]]], source: ImageSource, writer: EmbeddingsWriter
+    parts: list[FeatureBatch[Batch]], source: ImageSource, writer: EmbeddingsWriter
 ) -> tuple[np.ndarray, pa.Table, np.ndarray | None]:
     """Vectors [n, dim], metadata of n rows, and patch tokens [n, N, D] if they were asked for."""
-    empty = np.zeros((0, writer.dim), np.float32)
-    vectors = np.concatenate([empty, *(_unit(b.pooled, writer.normalized)[here] for here, b in parts)])
-    kept = [b.patches.numpy()[here] for here, b in parts if b.patches is not None]
-    return vectors, _metadata(source, [(here, b.batch) for here, b in parts]), np.concatenate(kept) if kept else None
+    vectors = np.concatenate(
+        [np.zeros((0, writer.dim), np.float32), *(_unit(part.pooled, writer.normalized) for part in parts)]
+    )
+    kept = [part.patches.numpy() for part in parts if part.patches is not None]
+    return vectors, _metadata(source, [part.batch for part in parts]), np.concatenate(kept) if kept else None
 
 
 def _unit(vectors: Tensor, normalized: bool) -> np.ndarray:
     return (F.normalize(vectors, dim=1) if normalized else vectors).numpy()
 
 
-def _metadata(source: ImageSource, parts: list[tuple[np.ndarray, Batch]]) -> pa.Table:
+def _metadata(source: ImageSource, batches: list[Batch]) -> pa.Table:
     """Identity, size, digest, origin, label and source columns of the images of some batches."""
-    rows = np.concatenate([np.zeros(0, np.int64), *(batch.index[here] for here, batch in parts)])
+    rows = np.concatenate([np.zeros(0, np.int64), *(batch.index for batch in batches)])
     ids, paths = source.ids, source.paths
     origins = [source.origin(int(row)) for row in rows]
     columns: dict[str, pa.Array] = {
         "id": pa.array([ids[row] for row in rows], pa.string()),
         "image_path": pa.array([paths[row] for row in rows], pa.string()),
-        "width": pa.array([w for here, batch in parts for w in batch.width[here]], pa.int32()),
-        "height": pa.array([h for here, batch in parts for h in batch.height[here]], pa.int32()),
-        "sha256": pa.array([batch.sha256[i] for here, batch in parts for i in here], pa.string()),
+        "width": pa.array([w for batch in batches for w in batch.width], pa.int32()),
+        "height": pa.array([h for batch in batches for h in batch.height], pa.int32()),
+        "sha256": pa.array([digest for batch in batches for digest in batch.sha256], pa.string()),
         "source": pa.array([spec for spec, _ in origins], pa.string()),
         "row": pa.array([row for _, row in origins], pa.int64()),
     }

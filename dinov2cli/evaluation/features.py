@@ -4,18 +4,20 @@ Knows nothing of files or labels; images come as uint8 batches and go as float32
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinov2cli.data.bad import BadImages
-from dinov2cli.data.loader import iterate_images
+from dinov2cli.data.loader import Batch, Reading, read_ranges, row_ranges
 from dinov2cli.data.source import ImageSource
 from dinov2cli.device import autocast
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 from dinov2cli.models.preprocess import Preprocess
 from dinov2cli.models.vit import VisionTransformer
@@ -76,6 +78,11 @@ def _pool(cls_BD: Tensor, patches_BND: Tensor, pool: Pool) -> Tensor:
     return mean_BD if pool == "mean" else torch.cat([cls_BD, mean_BD], dim=1)
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy on the CPU: a view would hold, and send to other processes, all tokens of the batch."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+
+
 def extract(
     backbone: VisionTransformer,
     batches: Iterable[B],
@@ -113,8 +120,8 @@ def extract(
             patch_tokens = patch_tokens.float()
             features = FeatureBatch(
                 batch=batch,
-                pooled=_pool(cls.float(), patch_tokens, pool).cpu(),
-                patches=patch_tokens.cpu() if patches else None,
+                pooled=_kept(_pool(cls.float(), patch_tokens, pool)),
+                patches=_kept(patch_tokens) if patches else None,
                 class_tokens=tokens.float().cpu() if tokens is not None else None,
                 averaged_patches=patch_tokens.mean(dim=1).cpu() if tokens is not None else None,
             )
@@ -122,6 +129,53 @@ def extract(
         if on_rate is not None:
             on_rate(done, time.perf_counter() - started)
         yield features
+
+
+@contextmanager
+def stream_features(
+    backbone: VisionTransformer,
+    source: ImageSource,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    preprocess: Preprocess,
+    workers: int = 0,
+    bad: BadImages | None = None,
+    ranks: Ranks = ALONE,
+    **what: Any,
+) -> Iterator[Iterator[FeatureBatch[Batch]]]:
+    """For a `with` block: features of the ranges of rows, in order, on the main process (nothing on the others).
+
+    Each rank decodes and forwards its share of the ranges. A range without a readable image gives nothing; the pixels
+    (`batch.images`) are left behind. `bad` counts the unreadable images of all ranks. `what` is given to `extract`.
+    What the block raises is raised by all ranks. Raises what `extract` raises, and InputError for too many unreadable.
+    """
+    mine = ranks.share(ranges)
+    readings = read_ranges(source, mine, resize=preprocess.resize, crop=preprocess.crop, workers=workers)
+    own = _dealt(backbone, readings, preprocess=preprocess, **what)
+    with ranks.gather(own, len(ranges)) as results:
+        yield _counted(results, BadImages() if bad is None else bad, len(source))
+
+
+_Dealt = tuple[list[tuple[str, str]], FeatureBatch[Batch] | None]
+
+
+def _dealt(backbone: VisionTransformer, readings: Iterator[Reading], **what: Any) -> Iterator[_Dealt]:
+    """What a rank sends for each of its ranges: the failures, and the features where there was an image at all."""
+    for found in readings:
+        features = None
+        if len(found.batch):
+            (features,) = extract(backbone, [found.batch], **what)
+            features.batch = replace(found.batch, images=found.batch.images.new_empty((0, 3, 0, 0)))
+        yield found.failures, features
+
+
+def _counted(results: Iterator[_Dealt], bad: BadImages, total: int) -> Iterator[FeatureBatch[Batch]]:
+    for failures, features in results:
+        for name, reason in failures:
+            bad.add(name, reason)
+        bad.check(total)
+        if features is not None:
+            yield features
 
 
 def extract_source(
@@ -136,31 +190,32 @@ def extract_source(
     workers: int = 0,
     bad: BadImages | None = None,
     on_rate: Rate | None = None,
+    ranks: Ranks = ALONE,
 ) -> Features:
     """Features of all readable images of a source, in memory, with their labels where the source has any.
 
-    Raises what `iterate_images` and `extract` raise.
+    Under a launch the ranks share the work, and the main process alone gets the rows: on the others there are none.
+    Raises what `stream_features` raises.
     """
-    started = time.perf_counter()
-    batches = iterate_images(
+    started, done = time.perf_counter(), 0
+    parts: list[FeatureBatch[Batch]] = []
+    with stream_features(
+        backbone,
         source,
-        resize=preprocess.resize,
-        crop=preprocess.crop,
-        batch_size=batch_size,
+        row_ranges(0, len(source), batch_size),
+        preprocess=preprocess,
         workers=workers,
-        bad=BadImages() if bad is None else bad,
-    )
-    parts = list(
-        extract(
-            backbone,
-            batches,
-            preprocess=preprocess,
-            pool=pool,
-            last_blocks=last_blocks,
-            precision=precision,
-            on_rate=on_rate,
-        )
-    )
+        bad=bad,
+        ranks=ranks,
+        pool=pool,
+        last_blocks=last_blocks,
+        precision=precision,
+    ) as stream:
+        for part in stream:
+            parts.append(part)
+            done += len(part.batch)
+            if on_rate is not None:
+                on_rate(done, time.perf_counter() - started)
     index = np.concatenate([np.zeros(0, np.int64), *(part.batch.index for part in parts)])
 
     def joined(tensors: list[Tensor | None]) -> np.ndarray | None:

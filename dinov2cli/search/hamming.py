@@ -1,15 +1,16 @@
 """Pairs of images whose perceptual hashes differ in few bits, in any of 8 orientations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.search.edges import Edges, join_edges, make_edges
 from dinov2cli.search.hashing import HASH_BYTES, ORIENTATIONS, THUMB, VIEWS, PerceptualHash, Uint8, oriented
-from dinov2cli.search.neighbours import Progress
+from dinov2cli.search.neighbours import Progress, over_blocks
 from dinov2cli.search.vectors import Float32, Int64
 
 BITS = 8 * HASH_BYTES
@@ -52,25 +53,32 @@ def stack_hashes(hashes: Sequence[PerceptualHash | None]) -> HashTable:
     return HashTable(bits, valid, thumbs)
 
 
-def hash_edges(table: HashTable, *, radius: int = RADIUS, progress: Progress | None = None) -> Edges:
+def hash_edges(
+    table: HashTable, *, radius: int = RADIUS, progress: Progress | None = None, ranks: Ranks = ALONE
+) -> Edges:
     """Pairs of images one of whose views, in some orientation, is within `radius` bits of a view of the other, and
     whose thumbnails agree there.
 
     The bits alone join images that show little but one soft edge; their thumbnails in colour tell them apart.
     Similarity is 1 - bits / 256. Images with the very same hash are joined in a star and searched once, so that a
-    thousand copies make a thousand edges, not half a million.
+    thousand copies make a thousand edges, not half a million. The ranks share the search, and all get all edges.
     """
     first, star = _identical(table)
     ones = np.flatnonzero(first == np.arange(len(table)))
     small = HashTable(table.bits[ones], table.valid[ones], table.thumbs[ones])
     parts = [star]
-    for a, b, bits in _matches(small, small, radius, progress):
+    for a, b, bits in _matches(small, small, radius, progress, ranks):
         parts.append(make_edges(ones[a], ones[b], 1 - bits / BITS))
     return join_edges(parts)
 
 
 def best_hash_match(
-    table: HashTable, reference: HashTable, *, radius: int = RADIUS, progress: Progress | None = None
+    table: HashTable,
+    reference: HashTable,
+    *,
+    radius: int = RADIUS,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Float32, Int64]:
     """For every image the reference image with the nearest hash: similarity [N], row [N].
 
@@ -78,7 +86,7 @@ def best_hash_match(
     """
     similarity = np.full(len(table), -np.inf, dtype=np.float32)
     row = np.full(len(table), -1, dtype=np.int64)
-    for a, b, bits in _matches(table, reference, radius, progress):
+    for a, b, bits in _matches(table, reference, radius, progress, ranks):
         order = np.lexsort((b, bits, a))
         who, where = np.unique(a[order], return_index=True)
         value = (1 - bits[order][where] / BITS).astype(np.float32)
@@ -104,30 +112,29 @@ def _identical(table: HashTable) -> tuple[Int64, Edges]:
     return first, make_edges(first[copies], copies, np.ones(len(copies)))
 
 
-def _matches(table: HashTable, reference: HashTable, radius: int, progress: Progress | None):  # type: ignore[no-untyped-def]
-    """Yields (row of table [M], row of reference [M], differing bits [M]) by blocks of queries."""
+def _matches(
+    table: HashTable, reference: HashTable, radius: int, progress: Progress | None, ranks: Ranks
+) -> Iterator[tuple[Int64, Int64, Float32]]:
+    """Yields (row of table [M], row of reference [M], differing bits [M]) by blocks of queries, on every rank."""
     owner, view = np.nonzero(reference.valid)
     query_owner, query_view = np.nonzero(table.valid)
     if not len(owner) or not len(query_owner):
         return
     index = _binary_index(np.ascontiguousarray(reference.bits[owner, view, 0]), radius)
     step = max(1, _QUERY_ROWS // ORIENTATIONS)
-    for start in range(0, len(query_owner), step):
-        who = query_owner[start : start + step]
-        queries = table.bits[who, query_view[start : start + step]].reshape(-1, HASH_BYTES)
+
+    def search(start: int) -> tuple[Int64, Int64, Float32]:
+        who, seen = query_owner[start : start + step], query_view[start : start + step]
+        queries = table.bits[who, seen].reshape(-1, HASH_BYTES)
         # Faiss takes the radius as exclusive.
         limits, bits, found = index.range_search(np.ascontiguousarray(queries), radius + 1)
         limits = np.asarray(limits, dtype=np.int64)
         query = np.repeat(np.arange(len(queries)), limits[1:] - limits[:-1])
         one, orientation = np.divmod(query, ORIENTATIONS)
-        alike = _look_alike(
-            table.thumbs[who[one], query_view[start + one]],
-            reference.thumbs[owner[found], view[found]],
-            orientation,
-        )
-        yield who[one][alike], owner[found][alike], np.asarray(bits, dtype=np.float32)[alike]
-        if progress is not None:
-            progress(min(start + step, len(query_owner)), len(query_owner))
+        alike = _look_alike(table.thumbs[who[one], seen[one]], reference.thumbs[owner[found], view[found]], orientation)
+        return who[one][alike], owner[found][alike], np.asarray(bits, dtype=np.float32)[alike]
+
+    yield from over_blocks(search, len(query_owner), step, progress=progress, ranks=ranks)
 
 
 def _look_alike(a: Uint8, b: Uint8, orientation: Int64) -> npt.NDArray[np.bool_]:

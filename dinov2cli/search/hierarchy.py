@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 from dinov2cli.search.kmeans import (
     POINTS_PER_CENTROID,
@@ -18,7 +19,7 @@ from dinov2cli.search.kmeans import (
     fit_kmeans,
 )
 from dinov2cli.search.neighbours import Progress
-from dinov2cli.search.vectors import Int64, Vectors, as_vectors
+from dinov2cli.search.vectors import Int64, SubsetVectors, Vectors, as_vectors
 
 
 @dataclass(frozen=True)
@@ -61,32 +62,34 @@ def fit_hierarchy(
     spherical: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Hierarchy:
     """k-means of the rows into levels[0] clusters, of those centroids into levels[1] clusters, and so on.
 
     k-means alone puts most centroids where the data are dense. At each level `resample_steps` times the r points
     nearest to each centroid (r = half the mean cluster size, at most 256) are clustered again and all points
     reassigned: centroids move towards a uniform cover of the support, which is what makes sampling from the tree
-    balanced. Deterministic by seed. Raises UserError for levels that do not shrink.
+    balanced. Deterministic by seed; the main process fits, all `ranks` assign. Raises UserError for levels that do
+    not shrink.
     """
     _check_levels(levels)
     points: Vectors = as_vectors(vectors, unit=spherical)
     result: list[Level] = []
     total = len(levels) * (resample_steps + 1)
     # Random rows would start where the data are dense: clusters of equal size, which resampling cannot even out.
-    fit: dict[str, Any] = {"iterations": iterations, "spherical": spherical, "init": "spread"}
+    fit: dict[str, Any] = {"iterations": iterations, "spherical": spherical, "init": "spread", "ranks": ranks}
     for depth, k in enumerate(levels):
         level_seed = seed * 1009 + depth * 101
         kmeans = fit_kmeans(points, k, **fit, seed=level_seed)
-        assignment = assign(points, kmeans)
+        assignment = assign(points, kmeans, ranks=ranks)
         _tell(progress, depth * (resample_steps + 1) + 1, total)
         r = min(max(1, points.rows // k // 2), POINTS_PER_CENTROID)
         for step in range(resample_steps):
             chosen = closest_in_cluster(assignment, r)
             if len(chosen) < k:
                 break  # fewer points than clusters are left to fit on: some clusters were empty
-            kmeans = fit_kmeans(points.gather(chosen), k, **fit, seed=level_seed + step + 1)
-            assignment = assign(points, kmeans)
+            kmeans = fit_kmeans(SubsetVectors(points, chosen), k, **fit, seed=level_seed + step + 1)
+            assignment = assign(points, kmeans, ranks=ranks)
             _tell(progress, depth * (resample_steps + 1) + step + 2, total)
         result.append(Level(kmeans, assignment))
         points = as_vectors(kmeans.centroids, unit=spherical)

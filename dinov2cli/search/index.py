@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors, iterate, sample_rows
 
@@ -68,6 +69,7 @@ def build_index(
     nprobe: int = 32,
     seed: int = 0,
     cache_bytes: int = _CACHE_BYTES,
+    ranks: Ranks = ALONE,
 ) -> SearchIndex:
     """An index over `vectors` for cosine similarity.
 
@@ -76,6 +78,7 @@ def build_index(
     than exact at 200k rows with 0.96 of the 64 nearest found; `auto` picks `flat` below 100,000 rows, else `ivf`;
     anything else is given to Faiss as a factory string. nprobe: lists visited per query (8 to 16 is enough for
     duplicates, 32 to 64 for retrieval). The result depends on the seed through the training sample alone.
+    Under a launch the main process builds the index and the others get a copy, so that all search the very same one.
     Raises UserError for a string that Faiss does not know.
     """
     source = as_vectors(vectors)
@@ -86,15 +89,31 @@ def build_index(
         cached = source.block(0, rows) if rows * dim * 4 <= cache_bytes else None
         return SearchIndex(rows, dim, "Flat", True, _vectors=source, _cached=cached)
     factory = ivf_factory(rows, dim) if index == "ivf" else index
+    if ranks.world_size == 1:
+        built = _build(factory, source, nprobe=nprobe, seed=seed)
+    else:
+        own: list[faiss.Index] = []
+
+        def serialized() -> npt.NDArray[np.uint8]:
+            own.append(_build(factory, source, nprobe=nprobe, seed=seed))
+            return np.asarray(faiss.serialize_index(own[0]))
+
+        copy = ranks.first(serialized)
+        built = own[0] if own else faiss.deserialize_index(copy)
+        _set_effort(built, nprobe)
+    return SearchIndex(rows, dim, factory, False, _faiss=built)
+
+
+def _build(factory: str, source: Vectors, *, nprobe: int, seed: int) -> "faiss.Index":
     try:
-        built = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        built = faiss.index_factory(source.dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(
-            f"--index {factory}: Faiss cannot build this for {dim} dimensions; "
+            f"--index {factory}: Faiss cannot build this for {source.dim} dimensions; "
             "use auto, flat, ivf or a Faiss factory string such as IVF1024,PQ96x4fs,Refine(SQfp16)"
         ) from error
     _fill(built, source, nprobe=nprobe, seed=seed)
-    return SearchIndex(rows, dim, factory, False, _faiss=built)
+    return built
 
 
 def ivf_factory(rows: int, dim: int) -> str:
@@ -108,22 +127,28 @@ def ivf_factory(rows: int, dim: int) -> str:
 
 
 def _fill(index: "faiss.Index", source: Vectors, *, nprobe: int, seed: int) -> None:
-    try:
-        ivf = faiss.extract_index_ivf(index)
-    except RuntimeError:
-        ivf = None
+    ivf = _set_effort(index, nprobe)
     lists = 256
     if ivf is not None:
-        ivf.nprobe = min(nprobe, ivf.nlist)
         ivf.cp.seed = seed + 1
         lists = ivf.nlist
-    if hasattr(index, "k_factor"):
-        index.k_factor = 4.0
     if not index.is_trained:
         budget = _TRAIN_BYTES // (4 * source.dim)
         index.train(source.gather(sample_rows(source.rows, min(_POINTS_PER_LIST * lists, budget), seed)))
     for _, block in iterate(source, max(1024, _BLOCK_BYTES // (4 * source.dim))):
         index.add(block)
+
+
+def _set_effort(index: "faiss.Index", nprobe: int) -> "faiss.IndexIVF | None":
+    """Say how many lists and candidates a search visits; returns the inverted lists of the index, if it has any."""
+    if hasattr(index, "k_factor"):
+        index.k_factor = 4.0
+    try:
+        ivf = faiss.extract_index_ivf(index)
+    except RuntimeError:
+        return None
+    ivf.nprobe = min(nprobe, ivf.nlist)
+    return ivf
 
 
 def _tidy(similarity: Float32, found: Int64) -> tuple[Float32, Int64]:

@@ -6,9 +6,10 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
-from dinov2cli.search.neighbours import Progress
-from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors, iterate, sample_rows
+from dinov2cli.search.neighbours import Progress, over_blocks
+from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors, sample_rows
 
 POINTS_PER_CENTROID = 256
 """Sample size per centroid: more points move the centroids no more than another seed does (Faiss's own default)."""
@@ -52,14 +53,15 @@ def fit_kmeans(
     seed: int = 0,
     init: str = "random",
     points_per_centroid: int = POINTS_PER_CENTROID,
+    ranks: Ranks = ALONE,
 ) -> KMeans:
     """Lloyd's k-means on at most k x points_per_centroid rows.
 
     spherical: rows and centroids of unit length (cosine), for features of a network. A cluster that empties gets
     half of a large one (Faiss's rule). init: `random` rows, which after ten iterations reach the same inertia as
     k-means++ at a fifth of its cost; or `spread` (see `spread_centroids`), which also reaches the thinly
-    populated regions that random rows miss. Memory: the sample and the centroids. Deterministic by seed.
-    Raises UserError where there are fewer rows than clusters.
+    populated regions that random rows miss. Memory: the sample and the centroids. Deterministic by seed; under a
+    launch the main process fits, and all get its centroids. Raises UserError where there are fewer rows than clusters.
     """
     source = as_vectors(vectors, unit=spherical)
     if not 1 <= k <= source.rows:
@@ -67,10 +69,11 @@ def fit_kmeans(
             f"k-means: {k} clusters asked of {source.rows} rows; expected between 1 and the number of rows; "
             "ask for fewer clusters"
         )
-    sample = source.gather(sample_rows(source.rows, k * points_per_centroid, seed))
-    if k == len(sample):
-        centroids, inertia = sample, 0.0  # every row its own centroid; Faiss would warn and copy as well
-    else:
+
+    def fit() -> KMeans:
+        sample = source.gather(sample_rows(source.rows, k * points_per_centroid, seed))
+        if k == len(sample):
+            return KMeans(sample, spherical, 0.0, k)  # every row its own centroid; Faiss would warn and copy as well
         clustering = faiss.Kmeans(
             source.dim,
             k,
@@ -84,7 +87,9 @@ def fit_kmeans(
         clustering.train(sample, init_centroids=start)
         centroids = np.asarray(clustering.centroids, dtype=np.float32).copy()
         inertia = float(assign(sample, KMeans(centroids, spherical, 0.0, 0)).distance.mean())
-    return KMeans(centroids, spherical, inertia, len(sample))
+        return KMeans(centroids, spherical, inertia, len(sample))
+
+    return ranks.first(fit)
 
 
 def spread_centroids(sample: Float32, k: int, seed: int) -> Float32:
@@ -118,20 +123,23 @@ def assign(
     *,
     block: int = 16384,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Assignment:
-    """The nearest centroid of every row, read by blocks; equally near ones go to the lower centroid."""
+    """The nearest centroid of every row, read by blocks that `ranks` share; equally near ones go to the lower one."""
     source = as_vectors(vectors, unit=kmeans.spherical)
     metric = faiss.METRIC_INNER_PRODUCT if kmeans.spherical else faiss.METRIC_L2
     label = np.empty(source.rows, dtype=np.int64)
     distance = np.empty(source.rows, dtype=np.float32)
-    for start, rows in iterate(source, block):
-        stop = start + len(rows)
+
+    def nearest(start: int) -> tuple[int, Int64, Float32]:
+        rows = source.block(start, min(start + block, source.rows))
         value, found = faiss.knn(rows, kmeans.centroids, 1, metric=metric)
-        label[start:stop] = found[:, 0]
         # |x - c|^2 = 2 - 2 x.c for vectors of unit length; rounding may leave it a hair below zero.
-        distance[start:stop] = np.maximum(2 - 2 * value[:, 0] if kmeans.spherical else value[:, 0], 0)
-        if progress is not None:
-            progress(stop, source.rows)
+        squared = 2 - 2 * value[:, 0] if kmeans.spherical else value[:, 0]
+        return start, found[:, 0], np.maximum(squared, 0)
+
+    for start, found, squared in over_blocks(nearest, source.rows, block, progress=progress, ranks=ranks):
+        label[start : start + len(found)], distance[start : start + len(found)] = found, squared
     return Assignment(label, distance)
 
 

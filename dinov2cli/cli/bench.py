@@ -12,6 +12,7 @@ _BENCHES = {
     "search": "neighbour search beside a brute-force matrix product",
     "knn": "the k-NN classifier beside scikit-learn's",
     "embed": "images per second from files to features, and the share of time spent waiting for images",
+    "scaling": "memory, traffic and step time of the long recipes on 8 to 2,048 GPUs, modelled: nothing is timed",
 }
 _HELP = "; ".join(f"{name}: {what}" for name, what in _BENCHES.items())
 
@@ -36,13 +37,23 @@ def bench(
         raise UserError(f"bench {name}: no such benchmark; expected one of {', '.join(_BENCHES)}")
     talk = Talk(json_output=json_output, quiet=quiet)
     talk.say(f"bench {name}: {_BENCHES[name]}")
-    extra = {"reference": True} if reference and name == "train" else {}  # the others always compare
-    run = importlib.import_module(f"dinov2cli.bench.{name}").run
-    figures = run(device=device or "auto", seed=seed or 0, **extra)
+    extra: dict[str, Any] = {"reference": True} if reference and name == "train" else {}  # the others always compare
+    module = importlib.import_module(f"dinov2cli.bench.{name}")
+    if name == "scaling":
+        extra["recipes"] = {recipe: _settings(recipe) for recipe in module.RECIPES}
+    figures = module.run(device=device or "auto", seed=seed or 0, **extra)
     if json_output:
         print(json.dumps({"name": name, **figures}))  # noqa: T201
         return
-    print("\n".join(_lines(figures)))  # noqa: T201
+    print("\n".join(getattr(module, "lines", _lines)(figures)))  # noqa: T201
+
+
+def _settings(recipe: str) -> dict[str, Any]:
+    """A shipped recipe's settings of pretrain, as plain values: benches know no config."""
+    from dinov2cli.config import PretrainConfig
+    from dinov2cli.recipe import load_config
+
+    return load_config(PretrainConfig, recipe=recipe).model_dump(mode="json")
 
 
 def _lines(figures: dict[str, Any]) -> list[str]:

@@ -1,0 +1,25 @@
+"""Memory and traffic of a run in words and numbers, for the plan that `--dry-run` prints."""
+
+from dinov2cli.train.memory import memory
+from dinov2cli.train.sizes import Batch, Layout, NetworkSizes
+from dinov2cli.train.traffic import KINDS, traffic
+
+
+def footprint(
+    network: NetworkSizes, batch: Batch, layout: Layout, *, iterations: int = 3, koleo_global: bool = True
+) -> dict[str, float]:
+    """Flat facts of one rank: memory in GiB with its parts, and MiB sent per step (nothing where nothing is sent)."""
+    parts = memory(network, batch, layout)
+    facts = {"memory per rank (GiB, modelled)": round(parts.pop("total") / 2**30, 2)}
+    facts |= {f"memory of {name} (GiB)": round(size / 2**30, 2) for name, size in parts.items() if size}
+    if layout.ranks == 1:
+        return facts
+    sent = traffic(network, batch, layout, iterations=iterations, koleo_global=koleo_global)
+    facts["traffic per step (MiB sent per rank, modelled)"] = _mib(sent["total"]["total"])
+    facts["traffic between nodes (MiB sent per rank)"] = _mib(sent["total"]["between"])
+    named = {f"traffic in {kind.replace('_', '-')} (MiB)": _mib(sent[kind]["total"]) for kind in KINDS}
+    return facts | {name: size for name, size in named.items() if size}
+
+
+def _mib(size: float) -> float:
+    return round(size / 2**20, 1)

@@ -9,7 +9,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def launch(
-    *arguments: str, processes: int, module: str = "dinov2cli", env: dict[str, str] | None = None, timeout: float = 300
+    *arguments: str,
+    processes: int,
+    module: str = "dinov2cli",
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+    cwd: Path = ROOT,
+    input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m MODULE ARGUMENTS` (or a script, for `module` '') in gloo processes of one thread each."""
     target = ["-m", module] if module else []
@@ -24,6 +30,7 @@ def launch(
         capture_output=True,
         text=True,
         timeout=timeout,
-        cwd=ROOT,
+        cwd=cwd,
+        input=input,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | (env or {}),
     )

@@ -13,7 +13,7 @@ import torch
 
 from dinov2cli.data.bad import BadImages
 from dinov2cli.data.crops import MultiCrop
-from dinov2cli.data.loader import CropLoader, iterate_images
+from dinov2cli.data.loader import CropLoader, iterate_images, row_ranges
 from dinov2cli.data.source import open_source
 from dinov2cli.errors import InputError
 
@@ -205,6 +205,15 @@ def test_the_global_random_state_is_left_alone(numbered):
     take(loader_of(root), 2)
     take(loader_of(root, workers=1), 1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_batches_of_a_shard_are_the_same_wherever_a_run_starts():
+    whole = row_ranges(0, 23, 4, within=10)
+    assert whole == [(0, 4), (4, 8), (8, 10), (10, 14), (14, 18), (18, 20), (20, 23)]
+    assert row_ranges(10, 23, 4, within=10) == whole[3:]
+    assert row_ranges(30, 23, 4, within=10) == []
+    assert row_ranges(2, 9, 3) == [(2, 5), (5, 8), (8, 9)]
+    assert row_ranges(0, 0, 3) == []
 
 
 SCRIPT = """

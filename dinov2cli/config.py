@@ -33,9 +33,10 @@ class CommonConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Return the resolved settings that shape the result, as plain JSON values."""
-        never = {"workers": True, "device": True, "log": True, "checkpoint": True, "max_bad_fraction": True}
+        never = dict.fromkeys(("workers", "device", "log", "checkpoint", "parallel", "max_bad_fraction"), True)
         savers = {"activation_checkpointing", "max_bad_steps"}  # the first is exact, the second only ends a run
-        return self.model_dump(mode="json", exclude={**never, "data": {"max_bad_fraction"}, "train": savers})
+        rest = {"data": {"max_bad_fraction", "global_batch_size"}, "train": savers}
+        return self.model_dump(mode="json", exclude={**never, **rest})
 
 
 class EmbedConfig(CommonConfig):
@@ -125,9 +126,10 @@ class LinearConfig(EvalConfig):
 
 
 class DataSection(Section):
-    """`batch_size` counts images per rank."""
+    """`batch_size` counts images per rank; `global_batch_size` those of all ranks together, for any number of them."""
 
     batch_size: Count = 64
+    global_batch_size: Count | None = None
     max_bad_fraction: Share = 0.01
 
 
@@ -271,12 +273,36 @@ class PhaseSection(Section):
         return self
 
 
+class ScopeSection(Section):
+    """Whether a thing is computed over the images of all ranks or, as in the paper, of each one's own."""
+
+    scope: Literal["global", "rank"] = "global"
+
+
+class ParallelSection(Section):
+    """How a run is spread over the ranks of a launch; changes speed and memory, not the result.
+
+    `auto` is what the launcher asks for, else ddp (a copy on every rank). `fsdp` shards weights, gradients, moments and
+    teacher over all ranks, `hybrid` over `shard_ranks` neighbours (default: a node's). Without `reshard_after_forward`
+    weights stay gathered between the passes: faster, more memory. `offload` keeps the shards in the host's memory.
+    """
+
+    sharding: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    shard_ranks: Count | None = None
+    reshard_after_forward: bool | None = None
+    offload: bool | None = None
+
+
 class CheckpointSection(Section):
-    """A checkpoint every `every` steps and at the end; the newest `keep` stay, and every multiple of `keep_every`."""
+    """A checkpoint every `every` steps and at the end; the newest `keep` stay, and every multiple of `keep_every`.
+
+    In the `background` it is written beside the training, from a copy in the host's memory.
+    """
 
     every: Count = 1000
     keep: Count = 2
     keep_every: CountOrZero = 0
+    background: bool = False
 
 
 class LogSection(Section):
@@ -297,7 +323,10 @@ class PretrainConfig(CommonConfig):
     """Settings of `dinov2 pretrain`: the short recipe of the paper, with every schedule a fraction of the run."""
 
     # Two ways to say one thing: given by a flag, one replaces the other of a recipe.
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("train.steps", "train.budget"),)
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("train.steps", "train.budget"),
+        ("data.batch_size", "data.global_batch_size"),
+    )
 
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
@@ -308,6 +337,9 @@ class PretrainConfig(CommonConfig):
     augment: AugmentSection = AugmentSection()
     optim: OptimSection = OptimSection()
     teacher: TeacherSection = TeacherSection()
+    koleo: ScopeSection = ScopeSection()
+    drop_path: ScopeSection = ScopeSection()
+    parallel: ParallelSection = ParallelSection()
     train: TrainSection = TrainSection()
     phases: list[PhaseSection] = []
     checkpoint: CheckpointSection = CheckpointSection()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
-from dinov2cli.errors import DinoError, WorkError
+from dinov2cli.errors import DinoError, UserError, WorkError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -156,13 +156,21 @@ def met() -> bool:
 def join(device: str = "auto", patience: timedelta = _PATIENCE) -> Ranks:
     """Meet the other processes of the launch, if there are any. `device` 'cpu' keeps a machine's GPUs out of it.
 
-    `patience` is how long a rank waits for the others. Raises WorkError where they cannot be reached.
+    `patience` is how long a rank waits for the others. Raises WorkError where they cannot be
+    reached, UserError for more processes than GPUs.
     """
     if not launched():
         return ALONE
     import torch
 
-    state = process_group(cpu=device == "cpu" or not torch.cuda.is_available(), patience=patience)
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cpu and here > torch.cuda.device_count():
+        raise UserError(
+            f"the launch has {here} processes on this machine, torch sees {torch.cuda.device_count()} GPUs; "
+            "expected at most as many processes, or --device cpu"
+        )
+    state = process_group(cpu=cpu, patience=patience)
     host = torch.distributed.group.WORLD
     if state.device.type != "cpu":
         host = torch.distributed.new_group(backend="gloo", timeout=patience)

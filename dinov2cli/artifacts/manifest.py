@@ -59,6 +59,14 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+def recorded_config(path: Path | str) -> dict[str, Any] | None:
+    """Return the settings that the directory `path` was begun with; None where there is nothing that can be read."""
+    try:
+        return read_manifest(path).config if has_manifest(path) else None
+    except InputError:
+        return None
+
+
 def config_hash(config: dict[str, Any]) -> str:
     """Return the sha256 of a resolved config, independent of key order."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()

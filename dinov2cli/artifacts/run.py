@@ -21,15 +21,18 @@ _FINDING = re.compile(r"\S+ \S+ (step \d+: .+)")
 
 
 class Journal:
-    """The two text files of a run directory. `say` also receives every log line, for whoever shows progress."""
+    """The two text files of a run directory. `say` also receives every log line, for whoever shows progress.
 
-    def __init__(self, run: Path, say: Callable[[str], None] | None = None) -> None:
+    Under a launch one process `writes`; in the others nothing happens.
+    """
+
+    def __init__(self, run: Path, say: Callable[[str], None] | None = None, *, writes: bool = True) -> None:
         self.metrics_path, self.log_path = run / METRICS_FILE, run / LOG_FILE
-        self._say = say
+        self._say, self._writes = say, writes
 
     def rewind(self, step: int) -> None:
         """Drop metrics past `step`, and a half-written last line: what comes now will write them again."""
-        if not self.metrics_path.exists():
+        if not self._writes or not self.metrics_path.exists():
             return
         kept = [line for line in _read_lines(self.metrics_path) if line["step"] <= step]
         aside = self.metrics_path.with_name(f".{METRICS_FILE}.partial")
@@ -47,10 +50,12 @@ class Journal:
     def log(self, text: str) -> None:
         """Append one line of prose with the time."""
         self._append(self.log_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
-        if self._say:
+        if self._say and self._writes:
             self._say(text)
 
     def _append(self, path: Path, line: str) -> None:
+        if not self._writes:
+            return
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")

@@ -16,7 +16,7 @@ from dinov2cli.losses.koleo import koleo_loss
 from dinov2cli.models.blocks import Attention
 from dinov2cli.models.heads import ProjectionHead
 from dinov2cli.models.vit import VisionTransformer
-from dinov2cli.train.ssl import SSLModel
+from dinov2cli.train.network import SSLModel
 
 STUDENT_TEMPERATURE = 0.1
 

@@ -20,9 +20,10 @@ from dinov2cli.data.workers import default_workers
 from dinov2cli.models.flops import step_flops
 from dinov2cli.models.registry import build
 from dinov2cli.train.ema import ema_update, pair_parameters
+from dinov2cli.train.network import build_ssl_model
 from dinov2cli.train.optim import build_optimizer, clip_gradients
 from dinov2cli.train.parallel import setup
-from dinov2cli.train.ssl import Objective, build_ssl_model, loss_terms, student_views, teacher_targets
+from dinov2cli.train.ssl import Objective, loss_terms, student_views, teacher_targets
 
 TEMPERATURE, LR, MOMENTUM, CLIP = 0.05, 1e-4, 0.99, 3.0
 PARTS = ("data wait", "augment", "teacher", "student backbone", "heads and losses", "backward", "optimizer", "ema")

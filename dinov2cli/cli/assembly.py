@@ -5,16 +5,53 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dinov2cli.config import PretrainConfig
     from dinov2cli.data.source import ImageSource
+    from dinov2cli.train.parallel import Parallel
     from dinov2cli.train.schedules import RunLength
 
 _SMALL = 128  # pixels
 _LOOK = 500  # images
 
 
+def batch_per_rank(config: "PretrainConfig", world_size: int) -> "PretrainConfig":
+    """The settings with a batch given for all ranks together divided among them."""
+    from dinov2cli.errors import UserError
+
+    total = config.data.global_batch_size
+    if total is None:
+        return config
+    if total % world_size:
+        raise UserError(
+            f"data.global_batch_size: found {total} images for {world_size} ranks, expected a multiple of {world_size}"
+        )
+    content = config.model_dump()
+    content["data"] |= {"batch_size": total // world_size, "global_batch_size": None}
+    return type(config).model_validate(content)
+
+
+def identity_of(config: "PretrainConfig", world_size: int, before: dict[str, Any] | None) -> dict[str, Any]:
+    """What makes this run the run it is, to be compared with `before`, what made the one that is at its place.
+
+    The same command may go on over another number of ranks, and the same batch may be divided among them otherwise.
+    """
+    identity = config.identity()
+    identity["data"]["ranks"] = world_size
+    data = (before or {}).get("data")
+    if isinstance(data, dict) and "batch_size" in data:
+        batch, ranks = data["batch_size"], data.get("ranks", 1)
+        if batch == config.data.batch_size or batch * ranks == config.data.batch_size * world_size:
+            identity["data"] |= {"batch_size": batch, "ranks": ranks}
+    if world_size == 1 and identity["data"]["ranks"] == 1:
+        del identity["data"]["ranks"]
+    return identity
+
+
 def resolve_automatic(
-    config: "PretrainConfig", images: int, world_size: int = 1
+    config: "PretrainConfig", images: int, world_size: int = 1, before: dict[str, Any] | None = None
 ) -> tuple["PretrainConfig", dict[str, str]]:
-    """The settings with every `auto` replaced and paths made absolute, and for each `auto` what was chosen and why."""
+    """The settings with every `auto` replaced and paths made absolute, and for each `auto` what was chosen and why.
+
+    A run that goes on keeps what was chosen `before`, as its identity has it.
+    """
     from dinov2cli.cli.frame import canonical_model
     from dinov2cli.train.automatic import automatic
 
@@ -27,24 +64,36 @@ def resolve_automatic(
     for name, (value, reason) in automatic(batch, images, steps, own).items():
         section, key = name.split(".")
         if content[section][key] == "auto":
+            if before is not None and (kept := before.get(section, {}).get(key)) is not None:
+                value, reason = kept, "as this run began"
             content[section][key] = value
             chosen[name] = f"auto, {value:,g}: {reason}"
     return type(config).model_validate(content), chosen
 
 
-def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool, fresh: bool = True) -> dict[str, Any]:
+def parallel_of(config: "PretrainConfig", planned: int | None = None) -> "Parallel":
+    """Meet the ranks of the launch as the settings say, or plan for so many of them."""
+    from dinov2cli.train.parallel import setup
+
+    return setup(config.device, config.train.precision, **config.parallel.model_dump(), planned=planned)
+
+
+def assemble(
+    config: "PretrainConfig", source: "ImageSource", parallel: "Parallel", *, dry_run: bool, fresh: bool = True
+) -> dict[str, Any]:
     """Build what `train` takes, from the settings. Not `fresh`: a checkpoint will overwrite all weights."""
     from dinov2cli.data.augment import Augment
-    from dinov2cli.train.parallel import setup
-    from dinov2cli.train.ssl import Objective, build_ssl_model
+    from dinov2cli.train.network import build_ssl_model
+    from dinov2cli.train.ssl import Objective
     from dinov2cli.train.step import Settings
 
     c, loss = config, config.loss
-    parallel = setup(c.device, c.train.precision)
     backbone, model_inputs = initial_backbone(c, source, look=fresh and not dry_run)
     model = build_ssl_model(backbone, **c.heads.model_dump(), centering=loss.centering, seed=c.seed)
-    model.to(parallel.device)
-    model.student.backbone.activation_checkpointing = c.train.activation_checkpointing
+    if fresh and not dry_run:
+        parallel.same_start(model)
+    recompute = c.train.activation_checkpointing or parallel.activation_checkpointing
+    model.student.backbone.activation_checkpointing = recompute
     if c.train.compile:
         for network in (model.student, model.teacher):
             for block in network.backbone.blocks:
@@ -55,12 +104,13 @@ def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool, 
         koleo_weight=loss.koleo_weight,
         student_temperature=loss.student_temperature,
         sinkhorn_iterations=loss.sinkhorn_iterations,
+        koleo_scope=c.koleo.scope,
     )
     return {
         "model": model,
         "model_inputs": model_inputs,
         "make_optimizer": _optimizer_maker(c, backbone.depth),
-        "phases": phases(c, source, parallel.world_size, dry_run=dry_run),
+        "phases": phases(c, source, parallel.rank, parallel.world_size, dry_run=dry_run),
         "settings": Settings(
             objective,
             seed=c.seed,
@@ -68,12 +118,14 @@ def assemble(config: "PretrainConfig", source: "ImageSource", *, dry_run: bool, 
             mask_ratio=(c.masks.ratio_min, c.masks.ratio_max),
             clip=c.optim.clip or None,
             accumulate=c.train.accumulate,
+            depth_scope=c.drop_path.scope,
         ),
         "augment": Augment(**c.augment.model_dump()),
         "parallel": parallel,
         "checkpoint_every": c.checkpoint.every,
         "keep": c.checkpoint.keep,
         "keep_every": c.checkpoint.keep_every,
+        "save_in_background": c.checkpoint.background,
         "log_every": c.log.every,
         "eval_every": c.eval.every,
         "max_bad_steps": c.train.max_bad_steps,
@@ -89,7 +141,7 @@ def _optimizer_maker(config: "PretrainConfig", depth: int) -> Any:
     return partial(build_optimizer, depth=depth, **{name: getattr(config.optim, name) for name in names})
 
 
-def phases(config: "PretrainConfig", source: "ImageSource", world_size: int, *, dry_run: bool) -> list[Any]:
+def phases(config: "PretrainConfig", source: "ImageSource", rank: int, world_size: int, *, dry_run: bool) -> list[Any]:
     """The run's own phase, then those of `phases:`; sizes they leave out are those of the phase before."""
     from dinov2cli.cli.frame import workers_for
     from dinov2cli.data.bad import BadImages
@@ -113,6 +165,8 @@ def phases(config: "PretrainConfig", source: "ImageSource", world_size: int, *, 
                 batch_size=batch,
                 seed=seed,
                 workers=workers_for(c.workers),
+                rank=rank,
+                world_size=world_size,
                 bad=BadImages(c.data.max_bad_fraction),
             )
         made.append(

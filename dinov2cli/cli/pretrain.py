@@ -37,6 +37,7 @@ def pretrain(
     workers: options.Workers = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    processes: options.Processes = None,
 ) -> None:
     """Train a backbone on images with the DINOv2 objective (DINO + iBOT + KoLeo).
 
@@ -48,8 +49,10 @@ def pretrain(
     - `dinov2 pretrain photos/ -o run --config tiny-cpu`
     - `dinov2 pretrain curated/ -o run --budget "100 epochs" --set optim.lr=0.002`
     - `dinov2 pretrain photos/ -o run --init facebook/dinov2-small --set optim.lr=2e-4`
+    - `dinov2 pretrain photos/ -o run -n 8` (8 GPUs; `accelerate launch` and `torchrun` for more machines)
     - `dinov2 pretrain photos/ -o run --dry-run`
     """
+    from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import PretrainConfig
     from dinov2cli.recipe import load_config
@@ -65,7 +68,9 @@ def pretrain(
         "seed": seed,
     }
     settings = load_config(PretrainConfig, recipe=config, sets=set_ or [], flags=flags)
-    train_run(options.from_stdin(data), out, settings, talk, dry_run=dry_run, overwrite=overwrite)
+    if not dry_run:
+        relaunch(processes)
+    train_run(options.from_stdin(data), out, settings, talk, dry_run=dry_run, overwrite=overwrite, planned=processes)
 
 
 def train_run(
@@ -76,11 +81,13 @@ def train_run(
     *,
     dry_run: bool = False,
     overwrite: bool = False,
+    planned: int | None = None,
 ) -> None:
-    """Train one run directory from a resolved config; also what the demo calls."""
-    from dinov2cli.cli.assembly import assemble, resolve_automatic
+    """Train one run directory from a resolved config; also what the demo calls. A dry run plans for `planned` ranks."""
+    from dinov2cli.artifacts.manifest import recorded_config
+    from dinov2cli.cli.assembly import assemble, batch_per_rank, identity_of, parallel_of, resolve_automatic
     from dinov2cli.cli.frame import check_output, open_output, result_fields
-    from dinov2cli.cli.watch import CONFIG_FILE, RunWatch, require_tensorboard
+    from dinov2cli.cli.watch import CONFIG_FILE, Follower, RunWatch, require_tensorboard
     from dinov2cli.data.source import open_source
     from dinov2cli.recipe import to_yaml
     from dinov2cli.train.checkpoint import steps_done
@@ -88,16 +95,22 @@ def train_run(
 
     if config.log.tensorboard:
         require_tensorboard()
-    source = open_source(data)
-    config, chosen = resolve_automatic(config, len(source))
-    parts = assemble(config, source, dry_run=dry_run, fresh=not steps_done(path / "checkpoints"))
+    parallel = parallel_of(config, planned if dry_run else None)
+    ranks = parallel.ranks
+    source = ranks.together(lambda: open_source(data)) if not dry_run else open_source(data)
+    before = None if overwrite else recorded_config(path)
+    config = batch_per_rank(config, ranks.world_size)
+    config, chosen = resolve_automatic(config, len(source), ranks.world_size, before)
+    start = 0 if overwrite else steps_done(path / "checkpoints")
+    parts = assemble(config, source, parallel, dry_run=dry_run, fresh=not start)
     inputs = [source.fingerprint(), *parts.pop("model_inputs")]
-    identity = config.identity()
+    identity = identity_of(config, ranks.world_size, before)
     if dry_run:
         state = check_output(path, "run", config=identity, inputs=inputs, overwrite=overwrite)
         talk.plan(f"pretrain {data}", {**_plan(config, source, parts), **chosen, "output": f"{path} ({state})"})
         return
-    out = open_output(talk, path, "run", config=identity, seed=config.seed, inputs=inputs, overwrite=overwrite)
+    settings: dict[str, Any] = {"config": identity, "seed": config.seed, "inputs": inputs}
+    out = open_output(talk, path, "run", **settings, overwrite=overwrite, ranks=ranks)
     if out is None:
         return
     with out:
@@ -105,19 +118,13 @@ def train_run(
         _announce(talk, config, source, parts)
         for name, why in chosen.items():
             talk.say(f"  {name} {why}")
-        watch = RunWatch(
-            out,
-            talk,
-            config,
-            source,
-            patch_size=parts["model"].student.backbone.patch_size,
-            precision=parts["parallel"].precision,
-            start=steps_done(path / "checkpoints"),
-        )
+        shape = {"patch_size": parts["model"].student.backbone.patch_size, "precision": parallel.precision}
+        watch = RunWatch(out, talk, config, source, **shape, start=start) if ranks.main else Follower()
         with watch:
-            result = train(path, **parts, **watch.callbacks())
-        backbone = parts["model"].teacher.backbone
-        _export(backbone, path, config, source, result.step, result.images)
+            result = train(path, **parts, **watch.callbacks(ranks))
+        if result.teacher is None:  # the main process has the whole model, and writes it
+            return
+        _export(result.teacher, path, config, source, result.step, result.images)
         watch.write_report()
         manifest = out.finish(rows=result.images, steps=result.step, metrics=_finite(result.metrics))
     talk.say(
@@ -154,8 +161,8 @@ def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]
     crops = c.crops.model_dump(include={"global_size", "local_size", "local_number"})
     masked = 2 * patches * c.masks.probability * (c.masks.ratio_min + c.masks.ratio_max) / 2
     flops = step_flops(student.backbone, **heads, **crops, masked=masked, drop_path=c.model.drop_path)["total"]
-    steps, total = total_steps(parts), sum(counts.values())
-    images = None if steps is None else sum(phase.length.total * phase.batch_size for phase in parts["phases"])
+    steps, total, world = total_steps(parts), sum(counts.values()), parts["parallel"].world_size
+    images = None if steps is None else sum(phase.length.total * phase.batch_size for phase in parts["phases"]) * world
     return {
         "images": len(source),
         "parameters": total,
@@ -164,7 +171,8 @@ def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]
         "state memory (MiB)": round(total * 4 * 5 / 2**20, 1),
         "device": str(parts["parallel"].device),
         "precision": f"{parts['parallel'].precision} ({parts['parallel'].reason})",
-        "batch size": c.data.batch_size,
+        "ranks": parts["parallel"].world_size,
+        "batch size": c.data.batch_size * parts["parallel"].world_size,
         "steps": steps if steps is not None else c.train.budget,
         "epochs": None if images is None else round(images / max(len(source), 1), 2),
         "files": files_of(c),
@@ -176,7 +184,7 @@ def _announce(talk: "Talk", config: "PretrainConfig", source: "ImageSource", par
     millions = sum(p.numel() for p in student.parameters()) / 1e6
     talk.say(
         f"pretrain {config.model.arch} ({millions:.1f} M parameters with heads) on {len(source):,} images, "
-        f"{parallel.device}, {parallel.precision} ({parallel.reason})"
+        f"{_place(parallel)}, {parallel.precision} ({parallel.reason})"
     )
     if config.model.init_from is not None:
         names = len(student.backbone.state_dict())
@@ -186,6 +194,15 @@ def _announce(talk: "Talk", config: "PretrainConfig", source: "ImageSource", par
         )
     if parallel.device.type == "cpu" and student.backbone.embed_dim >= 384 and config.crops.global_size >= 200:
         talk.warn("no GPU is used: a step takes many seconds at this size; `--config tiny-cpu` is made for CPUs")
+
+
+def _place(parallel: Any) -> str:
+    """Where a run computes, in words: 'cpu', or '8 ranks of cuda, fsdp'."""
+    if parallel.world_size == 1 and not parallel.sharding.sharded:
+        return str(parallel.device)
+    kind = parallel.sharding.kind
+    over = f" over {parallel.sharding.shard_ranks} each" if kind == "hybrid" else ""
+    return f"{parallel.world_size} rank{'s' * (parallel.world_size > 1)} of {parallel.device.type}, {kind}{over}"
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

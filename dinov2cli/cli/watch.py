@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dinov2cli.artifacts.output import Output
 from dinov2cli.cli.progress import training_progress
 from dinov2cli.cli.talk import Talk
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ class RunWatch:
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
 
-    def callbacks(self) -> dict[str, Callable | None]:
+    def callbacks(self, ranks: Ranks = ALONE) -> dict[str, Callable | None]:
         """Keyword arguments for `train`."""
+        evaluates = ranks.first(lambda: bool(self._knn or self._maps))
         return {
             "on_first_batch": self.on_first_batch if self._pictures else None,
-            "evaluate": self.evaluate if self._knn or self._maps else None,
+            "evaluate": self.evaluate if evaluates else None,
             "on_metrics": self.on_metrics,
             "on_message": self._talk.say,
         }
@@ -138,6 +140,24 @@ class RunWatch:
         self._out.write(name, lambda path: _write_bytes(path, picture))
         if self._board is not None:
             self._board.picture(tag, picture, step)
+
+
+class Follower:
+    """What watches in the other processes of a launch: nothing is shown or written there."""
+
+    def __enter__(self) -> "Follower":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    def callbacks(self, ranks: Ranks) -> dict[str, Callable | None]:
+        """Keyword arguments for `train`: it evaluates when the main one does, for the model is put together then."""
+        evaluates = ranks.first(lambda: True)
+        return {"evaluate": (lambda _backbone, _step: {}) if evaluates else None}
+
+    def write_report(self) -> None:
+        """Nothing."""
 
 
 def run_page(path: Path) -> str:

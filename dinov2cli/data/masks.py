@@ -1,6 +1,7 @@
 """Which patches of which global crops the student does not see: block masking along a ladder of ratios."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,12 +32,16 @@ def make_masks(
     probability: float = 0.5,
     ratio_min: float = 0.1,
     ratio_max: float = 0.5,
+    wanted: Sequence[int] | None = None,
 ) -> Tensor:
     """Masks of a batch of `crops` global crops of `grid` = (rows, columns) patches: bool [crops, rows * columns].
 
     Exactly floor(crops * probability) crops are masked. The range of ratios is cut into as many equal bins; each masked
     crop draws its ratio uniformly in its own bin, so that every batch covers the range evenly, and masks
     exactly max(1, floor(ratio * N)) patches. Crops and bins are shuffled over the batch. Depends on `rng` alone.
+
+    `wanted` names the crops whose masks are made, in that order (all by default): each has a stream of its own, so a
+    process makes those of its part of a batch and they are what they would be in the whole.
     Raises UserError for numbers that make no sense.
     """
     if not (0 <= probability <= 1 and 0 <= ratio_min <= ratio_max <= 1):
@@ -46,12 +51,17 @@ def make_masks(
         )
     height, width = grid
     masked = math.floor(crops * probability + 1e-9)  # 1e-9: 0.29 * 100 is 28.999...
-    masks = np.zeros((crops, height, width), dtype=bool)
     edges = np.linspace(ratio_min, ratio_max, masked + 1)
-    ratios = edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(masked)
-    for row, ratio in zip(rng.permutation(crops)[:masked], ratios, strict=True):
-        mask_blocks(masks[row], max(1, math.floor(height * width * float(ratio) + 1e-9)), rng)
-    return torch.from_numpy(masks.reshape(crops, height * width))
+    ratios = np.full(crops, -1.0)  # of those that stay whole
+    ratios[rng.permutation(crops)[:masked]] = edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(masked)
+    streams = rng.integers(1 << 64, size=crops, dtype=np.uint64)
+    rows = np.arange(crops) if wanted is None else np.asarray(wanted, dtype=np.int64)
+    masks = np.zeros((len(rows), height, width), dtype=bool)
+    for mask, ratio, stream in zip(masks, ratios[rows].tolist(), streams[rows], strict=True):
+        if ratio >= 0:
+            count = max(1, math.floor(height * width * ratio + 1e-9))
+            mask_blocks(mask, count, np.random.Generator(np.random.Philox(key=np.array([stream, 0], dtype=np.uint64))))
+    return torch.from_numpy(masks.reshape(len(rows), height * width))
 
 
 def mask_blocks(mask: np.ndarray, count: int, rng: np.random.Generator) -> None:

@@ -20,10 +20,29 @@ _PLAIN_TOKENS = 300  # longest sequence whose attention matrix is written out on
 
 
 class Kept(NamedTuple):
-    """Samples on which one block runs its two residual branches: for each group an int64 index tensor."""
+    """Samples on which one block runs its two residual branches: for each group an int64 index tensor (of this
+    process's samples, possibly none) and what the branch is scaled by, all samples over those kept of them."""
 
     attention: list[Tensor]
     ffn: list[Tensor]
+    scale: list[float]
+
+
+class Share(NamedTuple):
+    """This process's samples of a batch spread over several: `images` of `world_size` x `images`, number `rank`.
+
+    A group of crops is laid out crop after crop, [crops * images]; the whole batch is [crops * world_size * images].
+    """
+
+    rank: int
+    world_size: int
+    images: int
+
+    def own(self, samples: Tensor) -> Tensor:
+        """Of some samples of the whole batch (int64) those that are here, numbered as they are here."""
+        crop, image = samples // (self.images * self.world_size), samples % (self.images * self.world_size)
+        here = image // self.images == self.rank
+        return crop[here] * self.images + image[here] - self.rank * self.images
 
 
 def swiglu_hidden(embed_dim: int, mlp_ratio: float) -> int:
@@ -57,9 +76,11 @@ class Attention(nn.Module):
         runs = [(sum(b for b, _ in run), n) for n, run in groupby_length(groups)]
         outputs = []
         for chunk, (b, n) in zip(self.qkv(x_TD).split([b * n for b, n in runs]), runs, strict=True):
-            q_BHNC, k_BHNC, v_BHNC = chunk.view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            width = chunk.shape[-1] // 3
+            heads = chunk.view(b, n, 3, self.num_heads, width // self.num_heads)
+            q_BHNC, k_BHNC, v_BHNC = heads.permute(2, 0, 3, 1, 4).unbind(0)
             out_BHNC = attend(q_BHNC, k_BHNC, v_BHNC)
-            outputs.append(out_BHNC.transpose(1, 2).reshape(b * n, -1))
+            outputs.append(out_BHNC.transpose(1, 2).reshape(b * n, width))
         return self.proj(join(outputs))
 
 
@@ -135,6 +156,14 @@ class LayerScale(nn.Module):
         return x_TD * self.gamma
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the type of its input, whatever type FSDP2 gathered the weights in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block on a pack of tokens, with stochastic depth that skips the work."""
 
@@ -150,10 +179,10 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.norm1 = LayerNorm(embed_dim, eps=norm_eps)
         self.attn = Attention(embed_dim, num_heads, qkv_bias)
         self.ls1 = nn.Identity() if layerscale is None else LayerScale(embed_dim, layerscale)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.norm2 = LayerNorm(embed_dim, eps=norm_eps)
         self.mlp: Mlp | SwiGLU
         if ffn == "swiglu":
             self.mlp = SwiGLU(embed_dim, swiglu_hidden(embed_dim, mlp_ratio))
@@ -171,20 +200,21 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, groups: Groups, kept: Kept | None = None) -> Tensor:
         """One block over a pack. `kept` names the samples the branches run on; None runs them on all."""
-        x_TD = add_residual(self.attention_branch, x_TD, groups, kept.attention if kept else None)
-        return add_residual(self.ffn_branch, x_TD, groups, kept.ffn if kept else None)
+        if kept is None:
+            x_TD = x_TD + self.attention_branch(x_TD, groups)
+            return x_TD + self.ffn_branch(x_TD, groups)
+        x_TD = add_residual(self.attention_branch, x_TD, groups, kept.attention, kept.scale)
+        return add_residual(self.ffn_branch, x_TD, groups, kept.ffn, kept.scale)
 
 
 def add_residual(
-    branch: Callable[[Tensor, Groups], Tensor], x_TD: Tensor, groups: Groups, kept: list[Tensor] | None
+    branch: Callable[[Tensor, Groups], Tensor], x_TD: Tensor, groups: Groups, kept: list[Tensor], scale: list[float]
 ) -> Tensor:
-    """x + branch(x), the branch computed for the kept samples only and added back scaled by B / kept.
+    """x + branch(x), the branch computed for the kept samples only and added back scaled, for each group.
 
-    The scale keeps the expected sum equal to that of the full branch (paper §5, "efficient stochastic depth").
+    With B / kept as scale the expected sum is that of the full branch (paper §5, "efficient stochastic depth").
     Indices within a group must be unique; then the sum is deterministic also on a GPU.
     """
-    if kept is None:
-        return x_TD + branch(x_TD, groups)
     width = x_TD.shape[-1]
     # Whole samples as rows, so that gather and add-back move long contiguous slices.
     rows = [x.view(b, n * width) for x, (b, n) in zip(split(x_TD, groups), groups, strict=True)]
@@ -192,32 +222,66 @@ def add_residual(
     sub_groups = [(len(index), n) for index, (_, n) in zip(kept, groups, strict=True)]
     update_TD = branch(join([x.reshape(-1, width) for x in subset]), sub_groups).to(x_TD.dtype)
     summed = []
-    for x, index, update, (b, n) in zip(rows, kept, split(update_TD, sub_groups), groups, strict=True):
-        total = x.index_add(0, index, update.reshape(len(index), -1), alpha=b / len(index))
+    for x, index, update, (b, n), factor in zip(rows, kept, split(update_TD, sub_groups), groups, scale, strict=True):
+        total: Tensor = _AddRows.apply(x, index, update.reshape(len(index), n * width), factor)
         summed.append(total.view(b * n, width))
     return join(summed)
 
 
+class _AddRows(torch.autograd.Function):
+    """x with `scale` times each row of `update` [K, W] added to row `index` [K] of x [B, W].
+
+    torch's index_add keeps `update` for its backward pass, of which only the shape is needed: a seventh of a block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, update: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.scale = scale
+        return x.index_add(0, index, update, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grads[0], None, grads[0].index_select(0, index).mul_(ctx.scale), None
+
+
 def draw_kept(
-    groups: Groups, rates: list[float], generator: torch.Generator, device: torch.device
+    groups: Groups,
+    rates: list[float],
+    generator: torch.Generator,
+    device: torch.device,
+    share: Share | None = None,
 ) -> list[Kept | None]:
     """Which samples each block keeps: max(floor(B (1 - rate)), 1) of every group, drawn afresh for each branch.
 
-    Drawn for the whole forward pass at once, so that a GPU sees one transfer. None where the rate is 0.
+    Drawn for the whole forward pass at once, so that a GPU sees one transfer. None where the rate is 0. With `share` B
+    counts the samples of all processes, which draw alike from equal generators: each keeps those of them it has.
     """
-    counts = [[max(int(b * (1 - rate) + 1e-9), 1) for b, _ in groups] for rate in rates]
+    sizes = [b if share is None else b * share.world_size for b, _ in groups]
+    counts = [[max(int(b * (1 - rate) + 1e-9), 1) for b in sizes] for rate in rates]
     drawn = [
         torch.randperm(b, generator=generator, device=generator.device)[:count]
         for rate, row in zip(rates, counts, strict=True)
         if rate > 0
         for _branch in range(2)
-        for (b, _), count in zip(groups, row, strict=True)
+        for b, count in zip(sizes, row, strict=True)
     ]
     if not drawn:
         return [None] * len(rates)
+    if share is not None:
+        drawn = [share.own(index) for index in drawn]
     pieces = iter(torch.cat(drawn).to(device, non_blocking=True).split([len(index) for index in drawn]))
     return [
-        Kept([next(pieces) for _ in groups], [next(pieces) for _ in groups]) if rate > 0 else None for rate in rates
+        Kept(
+            [next(pieces) for _ in groups],
+            [next(pieces) for _ in groups],
+            [b / count for b, count in zip(sizes, row, strict=True)],
+        )
+        if rate > 0
+        else None
+        for rate, row in zip(rates, counts, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dinov2cli.errors import UserError
-from dinov2cli.models.blocks import Block, Groups, LayerScale, PatchEmbed, draw_kept, join, split
+from dinov2cli.models.blocks import Block, Groups, LayerScale, PatchEmbed, Share, draw_kept, join, split
 
 
 class ViTOutput(NamedTuple):
@@ -183,17 +183,19 @@ class VisionTransformer(nn.Module):
         masks: Sequence[Tensor | None] | None = None,
         *,
         generator: torch.Generator | None = None,
+        share: Share | None = None,
     ) -> list[ViTOutput]:
         """Features of several batches of different sizes in ONE pass: linear layers see a single long sequence.
 
         crops: [Bi, 3, hi, wi] each; masks: [Bi, Ni] bool or None for each. Stochastic depth keeps its share of
-        samples separately in each batch (METHOD: §8.11). Raises ValueError if it is active and no generator is given.
+        samples separately in each batch (METHOD: §8.11), with `share` in the batch of all processes, which must then
+        bring equal generators. Raises ValueError if it is active and no generator is given.
         """
         masks = [None] * len(crops) if masks is None else masks
         embedded = [self.embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
         groups: Groups = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
         x_TD = join([tokens.flatten(0, 1) for tokens in embedded])
-        kept_by_block = self.draw_depth(groups, generator, x_TD.device)
+        kept_by_block = self.draw_depth(groups, generator, x_TD.device, share)
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block, kept in zip(self.blocks, kept_by_block, strict=True):
             # Nothing in a block is random (`kept` is drawn already), so no random state needs to be kept either.
@@ -210,13 +212,15 @@ class VisionTransformer(nn.Module):
             outputs.append(ViTOutput(tokens[:, 0], tokens[:, 1:first], tokens[:, first:], prenorm))
         return outputs
 
-    def draw_depth(self, groups: Groups, generator: torch.Generator | None, device: torch.device) -> list:
+    def draw_depth(
+        self, groups: Groups, generator: torch.Generator | None, device: torch.device, share: Share | None = None
+    ) -> list:
         """Samples kept by each block, None everywhere in eval mode or at rate 0."""
         if not self.training or max(self.drop_rates, default=0) == 0:
             return [None] * self.depth
         if generator is None:
             raise ValueError("stochastic depth is active: pass generator=torch.Generator, or call eval()")
-        return draw_kept(groups, self.drop_rates, generator, device)
+        return draw_kept(groups, self.drop_rates, generator, device, share)
 
     def intermediate(self, images: Tensor, blocks: Sequence[int], norm: bool = True) -> list[tuple[Tensor, Tensor]]:
         """(patches [B, N, D], cls [B, D]) after each of the named blocks (0 = first), in the order asked.

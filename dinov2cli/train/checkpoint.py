@@ -8,12 +8,15 @@ leaves at most a `.partial-…` directory, which the next save removes.
 """
 
 import base64
+import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import InputError, WorkError
 
 FORMAT = 2
@@ -80,75 +84,119 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
+def _write(tensors: dict[str, Tensor], path: Path, ranks: Ranks) -> None:
     # Tensors that share memory (tied heads) would be written once per name, which is what loading expects.
-    detached = {name: tensor.detach() for name, tensor in tensors.items()}
     writer = HuggingFaceStorageWriter(
-        path=str(path), fqn_to_index_mapping=dict.fromkeys(detached, 1), save_distributed=True
+        path=str(path), fqn_to_index_mapping=dict.fromkeys(tensors, 1), save_distributed=True
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(detached, storage_writer=writer, no_dist=not torch.distributed.is_initialized())
+        dcp.save(tensors, storage_writer=writer, **_group(ranks))
 
 
-def _read_into(tensors: dict[str, Tensor], path: Path) -> None:
+def _read_into(tensors: dict[str, Tensor], path: Path, ranks: Ranks) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(
             {name: tensor.detach() for name, tensor in tensors.items()},
             storage_reader=HuggingFaceStorageReader(path=str(path)),
-            no_dist=not torch.distributed.is_initialized(),
+            **_group(ranks),
         )
+
+
+def _group(ranks: Ranks) -> dict[str, Any]:
+    """How torch's checkpoint functions are told who takes part; over one rank nothing is exchanged."""
+    return {"no_dist": True} if ranks.world_size == 1 else {"process_group": ranks.host}
 
 
 def _stored_names(path: Path) -> set[str]:
     return set(HuggingFaceStorageReader(path=str(path)).read_metadata().state_dict_metadata)
 
 
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def tensors_of(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """What a checkpoint holds, by part and name; shared with the modules, so to be written before the next step."""
+    parts = {
+        "student": dict(student.state_dict()),
+        "teacher": dict(teacher.state_dict()),
+        "optimizer": optimizer_tensors(optimizer),
+    }
+    return {part: {name: t.detach() for name, t in held.items()} for part, held in parts.items() if held}
+
+
 def save_checkpoint(
     root: Path,
     step: int,
+    tensors: Tensors,
     *,
-    student: nn.Module,
-    teacher: nn.Module,
-    optimizer: torch.optim.Optimizer,
     state: dict,
     keep: int = 2,
     keep_every: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write the checkpoint of `step` under `root` and drop all but the newest `keep` (0 keeps every one).
 
-    Those of steps that are multiples of `keep_every` stay for good (0: none do). `state` is JSON-able and comes back
-    from `load_checkpoint`. Raises WorkError if the disk refuses; older checkpoints are then still in place.
+    `tensors` are those of `tensors_of`. All `ranks` must call, and see the same `root`: each writes its shards, the
+    main one the rest. Those of steps that are multiples of `keep_every` stay for good (0: none do). `state` (the main
+    rank's) is JSON-able and comes back from `read_state`. Raises WorkError if the disk refuses; older checkpoints are
+    then still in place.
     """
     final = root / checkpoint_name(step)
     partial = root / f".partial-{checkpoint_name(step)}"
+
+    def begin() -> None:
+        with _explained(final):
+            root.mkdir(parents=True, exist_ok=True)
+            for leftover in root.glob(".partial-*"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+
+    def look() -> None:
+        with _explained(final):
+            if not partial.is_dir():
+                raise OSError(f"rank {ranks.rank} does not see it: all nodes must write to one file system")
+
+    def write() -> None:
+        with _explained(final):
+            for part, held in tensors.items():
+                _write(held, partial / part, ranks)
+
+    def finish() -> None:
+        with _explained(final):
+            with open(partial / "state.json", "w") as file:
+                json.dump({"format": FORMAT, "step": step, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if final.exists():
+                os.rename(final, root / f".partial-old-{final.name}")
+            os.rename(partial, final)
+        drop_old(root, keep, keep_every)
+
+    ranks.first(begin)
+    ranks.together(look)
+    ranks.together(write)
+    ranks.first(finish)
+    return final
+
+
+def drop_old(root: Path, keep: int, keep_every: int) -> None:
+    """Remove all checkpoints but the newest `keep` (0: none is removed) and those of multiples of `keep_every`."""
+    for step, path in list_checkpoints(root)[:-keep] if keep else []:
+        if not (keep_every and step % keep_every == 0):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".partial-*"):
-            shutil.rmtree(leftover)
-        partial.mkdir()
-        _write(dict(student.state_dict()), partial / "student")
-        _write(dict(teacher.state_dict()), partial / "teacher")
-        if moments := optimizer_tensors(optimizer):
-            _write(moments, partial / "optimizer")
-        with open(partial / "state.json", "w") as file:
-            json.dump({"format": FORMAT, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
-            os.rename(final, root / f".partial-old-{final.name}")
-        os.rename(partial, final)
+        yield
     except (OSError, CheckpointException) as error:
         raise WorkError(
-            f"{final}: cannot write the checkpoint ({_cause(error)}); free space or choose another place; "
+            f"{path}: cannot write the checkpoint ({_cause(error)}); free space or choose another place; "
             "the same command continues from the last complete checkpoint"
         ) from error
-    if keep:
-        for old_step, old in list_checkpoints(root)[:-keep]:
-            if not (keep_every and old_step % keep_every == 0):
-                shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def _cause(error: BaseException) -> str:
@@ -167,14 +215,22 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def load_checkpoint(path: Path, *, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def load_checkpoint(
+    path: Path,
+    *,
+    student: nn.Module,
+    teacher: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks = ALONE,
+) -> dict:
     """Load weights and moments in place and return the JSON state (see `read_state`).
 
-    Raises InputError where the checkpoint does not hold exactly the tensors of these modules.
+    Modules may be spread over the `ranks` in another way than they were when it was written. Raises InputError where
+    the checkpoint does not hold exactly the tensors of these modules.
     """
     state = read_state(path)
     for part, module in (("student", student), ("teacher", teacher)):
-        load_module(path / part, module)
+        load_module(path / part, module, ranks)
     parameters = {
         name: parameter
         for group in optimizer.param_groups
@@ -192,11 +248,11 @@ def load_checkpoint(path: Path, *, student: nn.Module, teacher: nn.Module, optim
             # Adam counts steps in a 0-d float32 tensor, which the fused kernel wants on the parameter's device.
             like = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
             moments[stored] = optimizer.state[parameter][key] = like
-        _read_into(moments, path / "optimizer")
+        _read_into(moments, path / "optimizer", ranks)
     return state
 
 
-def load_module(path: Path, module: nn.Module) -> None:
+def load_module(path: Path, module: nn.Module, ranks: Ranks = ALONE) -> None:
     """Load one part ('student' or 'teacher') of a checkpoint into `module`, in place.
 
     Raises InputError naming what differs if names or shapes do not match.
@@ -215,4 +271,4 @@ def load_module(path: Path, module: nn.Module) -> None:
             f"{path}: the checkpoint is of another model ({len(differing)} tensors differ, first {differing[0]}); "
             "use the config of the run, or start again with --overwrite"
         )
-    _read_into(target, path)
+    _read_into(target, path, ranks)

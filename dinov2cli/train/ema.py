@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from dinov2cli.train.sharding import local
+
 
 def pair_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Teacher and student parameters in one order, matched by name.
@@ -23,7 +25,7 @@ def pair_parameters(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor
 def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, in place, one fused call per list.
 
-    lerp reads each tensor once and works on FSDP2 shards (DTensor) as on plain tensors. Momentum 1 leaves the teacher
-    bitwise unchanged.
+    lerp reads each tensor once. Of FSDP2's shards each rank averages its own, which needs no exchange, for teacher and
+    student are sharded alike. Momentum 1 leaves the teacher bitwise unchanged.
     """
-    torch._foreach_lerp_(list(teacher), list(student), 1.0 - momentum)
+    torch._foreach_lerp_([local(t) for t in teacher], [local(s) for s in student], 1.0 - momentum)

@@ -9,14 +9,16 @@ from typing import Any, Protocol
 import torch
 
 from dinov2cli.artifacts.run import Journal
-from dinov2cli.errors import InputError, Preempted, WorkError
+from dinov2cli.errors import DinoError, InputError, Preempted, WorkError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train import checkpoint
 from dinov2cli.train.monitor import Monitor, batch_statistics
+from dinov2cli.train.network import Network, SSLModel, prototypes_of
 from dinov2cli.train.parallel import Parallel
+from dinov2cli.train.saving import Saver
 from dinov2cli.train.schedules import RunLength, Schedules, StepValues
-from dinov2cli.train.signals import StopRequest
-from dinov2cli.train.ssl import Network, SSLModel, prototypes_of
+from dinov2cli.train.sharding import Spread
+from dinov2cli.train.signals import STOPPING, StopRequest
 from dinov2cli.train.step import Augmentation, FirstBatch, Settings, Stepper, StepResult
 from dinov2cli.train.tally import Tally
 
@@ -49,13 +51,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. `metrics` is the last line of metrics.jsonl written by this process (empty if none)."""
+    """How a run ended. `metrics` is the last line of metrics.jsonl written by this process (empty if none), `teacher`
+    the teacher's backbone with all its weights, on the main process only."""
 
     step: int
     images: int
     seconds: float
     metrics: dict[str, float]
     checkpoint: Path
+    teacher: VisionTransformer | None
 
 
 class Trainer:
@@ -74,6 +78,7 @@ class Trainer:
         checkpoint_every: int = 1000,
         keep: int = 2,
         keep_every: int = 0,
+        save_in_background: bool = False,
         log_every: int = 10,
         eval_every: int = 0,
         max_bad_steps: int = 5,
@@ -82,16 +87,24 @@ class Trainer:
         on_metrics: Callable[[Mapping[str, float], int], None] | None = None,
         on_message: Callable[[str], None] | None = None,
     ) -> None:
-        self.run, self.model, self.make_optimizer, self.phases = Path(run), model, make_optimizer, list(phases)
+        self.run, self.make_optimizer, self.phases = Path(run), make_optimizer, list(phases)
         self.settings, self.augment, self.parallel = settings, augment, parallel
         self.checkpoint_every, self.keep, self.keep_every = checkpoint_every, keep, keep_every
         self.log_every, self.eval_every, self.evaluate = log_every, eval_every, evaluate
         self.max_bad_steps, self.on_first_batch, self.on_metrics = max_bad_steps, on_first_batch, on_metrics
-        self.journal = Journal(self.run, on_message)
+        self.journal = Journal(self.run, on_message, writes=parallel.ranks.main)
         self.tally = Tally(parallel.device)
+        self.saver = Saver(parallel.ranks, background=save_in_background)
         self.step, self.images, self.elapsed, self._saved = 0, 0, 0.0, -1
         self._last: dict[str, float] = {}
+        self._plain: SSLModel | None = model
+        self.networks: Spread
         self._enter(0, step=0, elapsed=0.0)
+
+    @property
+    def model(self) -> SSLModel:
+        """Student and teacher, spread over the ranks."""
+        return self.networks.model
 
     @property
     def checkpoints(self) -> Path:
@@ -110,27 +123,31 @@ class Trainer:
                 self.journal.log(
                     f"phase {self.index + 1} begins after step {self.step}, {self.phase.global_size} pixels"
                 )
+        self.saver.finish()
         return TrainResult(
             step=self.step,
             images=self.images,
             seconds=self.elapsed,
             metrics=dict(self._last),
             checkpoint=self.checkpoints / checkpoint.checkpoint_name(self.step),
+            teacher=self.networks.teacher_backbone(self.parallel.ranks.main),
         )
 
     def _enter(self, index: int, *, step: int, elapsed: float) -> None:
         """Make everything that belongs to one phase, which began after `step` updates and `elapsed` seconds."""
         self.index, self.phase = index, self.phases[index]
         self.phase_step, self.phase_elapsed = step, elapsed
-        networks = (self.model.student, self.model.teacher)
+        # Shards cannot change their shape: the model is put together, given its new grid, and spread again.
+        model = self._plain or self.networks.whole()
         if index > 0:
-            for network in networks:
+            for network in (model.student, model.teacher):
                 network.backbone.set_grid(self.phase.global_size)
+        self.networks, self._plain = self.parallel.spread(model), None
         backbone, side = self.model.student.backbone, self.phase.global_size // self.model.student.backbone.patch_size
         # A new grid is a new parameter; the moments of the others start afresh too, under the phase's own warm-up.
         self.optimizer = self.make_optimizer(self.model.student)
         self.stepper = Stepper(
-            self.model,
+            self.networks,
             self.optimizer,
             self.settings,
             augment=self.augment,
@@ -176,14 +193,17 @@ class Trainer:
             self.tally.add(result.losses, result.skipped, images)
             self.tally.time(time.perf_counter() - waiting, waited)
             self.elapsed = time.monotonic() - started
+            if not self.phase.length.fixed:
+                self.elapsed = self.parallel.agree(self.elapsed)
             total, done = self._phase_total(), done + 1
             if self.parallel.device.type == "cpu":  # elsewhere looking would make the device wait
                 self._check_skips()
             self._report(result, values, done, total)
             if done == total or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
                 self._save()
-            if stop.received and not (done == total and self.index + 1 == len(self.phases)):
-                self._stop(stop.received, total)
+            signal = int(self.parallel.agree(stop.code))
+            if signal and not (done == total and self.index + 1 == len(self.phases)):
+                self._stop(STOPPING[signal - 1].name, total)
 
     def _check_skips(self) -> None:
         """Raise WorkError after too many steps in a row whose loss or gradient was not finite."""
@@ -200,7 +220,7 @@ class Trainer:
             "and a lower optim.lr, a longer optim.warmup or train.precision fp32"
         )
         self.journal.log(text)
-        raise WorkError(text)
+        raise _of_all(WorkError(text))
 
     def _report(self, result: StepResult, values: StepValues, done: int, total: int) -> None:
         """Write a line of metrics where one is due, and what the monitor has to say about it."""
@@ -217,7 +237,9 @@ class Trainer:
             )
         self.tally.reset()
         if evaluating and self.evaluate is not None:
-            line |= {f"eval/{k}": float(v) for k, v in self.evaluate(self.model.teacher.backbone, self.step).items()}
+            backbone = self.networks.teacher_backbone(self.parallel.ranks.main)
+            if backbone is not None:
+                line |= {f"eval/{k}": float(v) for k, v in self.evaluate(backbone, self.step).items()}
         self.journal.metrics(line)
         for finding in self.monitor.changes(line, done / total):
             self.journal.log(f"step {self.step}: {finding}")
@@ -268,26 +290,20 @@ class Trainer:
             "rng": checkpoint.rng_state(self.parallel.device),
             "scaler": self.stepper.scaler.state_dict(),
             "tally": self.tally.state_dict(),
+            "batch_size": self.phase.batch_size,
             "world_size": self.parallel.world_size,
         }
-        checkpoint.save_checkpoint(
-            self.checkpoints,
-            self.step,
-            student=self.model.student,
-            teacher=self.model.teacher_side(),
-            optimizer=self.optimizer,
-            state=state,
-            keep=self.keep,
-            keep_every=self.keep_every,
-        )
+        tensors = checkpoint.tensors_of(self.model.student, self.model.teacher_side(), self.optimizer)
+        self.saver.save(self.checkpoints, self.step, tensors, state=state, keep=self.keep, keep_every=self.keep_every)
         self._saved = self.step
 
     def _resume(self) -> None:
-        found = checkpoint.latest_checkpoint(self.checkpoints)
+        ranks = self.parallel.ranks
+        found = ranks.first(lambda: checkpoint.latest_checkpoint(self.checkpoints))
         if found is None:
             self.journal.rewind(0)
             return
-        state = checkpoint.read_state(found)
+        state = ranks.together(lambda: checkpoint.read_state(found))
         phase = state["phase"]
         if phase["index"] >= len(self.phases):
             raise InputError(f"{found}: belongs to phase {phase['index'] + 1}, this run has {len(self.phases)}")
@@ -295,7 +311,11 @@ class Trainer:
             self._enter(index, step=phase["step"], elapsed=phase["elapsed"])
         self.phase_step, self.phase_elapsed = int(phase["step"]), float(phase["elapsed"])
         checkpoint.load_checkpoint(
-            found, student=self.model.student, teacher=self.model.teacher_side(), optimizer=self.optimizer
+            found,
+            student=self.model.student,
+            teacher=self.model.teacher_side(),
+            optimizer=self.optimizer,
+            ranks=ranks,
         )
         self.step = self._saved = int(state["step"])
         self.images, self.elapsed = int(state["images"]), float(state["elapsed"])
@@ -306,15 +326,28 @@ class Trainer:
         checkpoint.set_rng_state(state["rng"], self.parallel.device)
         self.journal.rewind(self.step)
         self.journal.log(f"continuing from {found.name}")
+        before = state["world_size"] * state.get("batch_size", self.phase.batch_size)
+        if before != (now := self.parallel.world_size * self.phase.batch_size):
+            self.journal.log(
+                f"a step has {now} images from here on, it had {before}; the number of steps stays, the learning rate "
+                f"follows the batch; data.global_batch_size={before} would keep it"
+            )
 
     def _stop(self, signal_name: str, total: int) -> None:
         """Save and leave, on a signal."""
         self._save()
+        self.saver.finish()
         text = f"{self.run}: stopped by {signal_name} after saving step {self.step} of {self._all_steps(total)}"
         self.journal.log(text)
         if signal_name == "SIGINT":
             raise KeyboardInterrupt
-        raise Preempted(f"{text}; run the same command to continue")
+        raise _of_all(Preempted(f"{text}; run the same command to continue"))
+
+
+def _of_all(error: DinoError) -> DinoError:
+    """An error that all ranks raise together; the main one says it."""
+    error.rank = 0
+    return error
 
 
 def train(run: Path, **arguments: Any) -> TrainResult:
@@ -322,7 +355,8 @@ def train(run: Path, **arguments: Any) -> TrainResult:
 
     Keyword arguments (see `Trainer`): `model`, `make_optimizer(student)` (called at the start of each phase), `phases`
     (each with its own schedules, length, loader and crop size; the position grid is interpolated between them),
-    `settings` and `augment` of every step, `parallel`, `checkpoint_every`, `keep` and `keep_every`, `log_every`,
+    `settings` and `augment` of every step, `parallel`, `checkpoint_every`, `keep` and `keep_every`,
+    `save_in_background` (the step goes on while a copy is written), `log_every`,
     `eval_every` in steps (0 = never), `max_bad_steps` in a row, `evaluate(teacher backbone, step) -> metrics` and the
     callbacks `on_first_batch`, `on_metrics(line, total steps)` and `on_message(text)`.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli.train.schedules import StepValues
+from dinov2cli.train.sharding import full
 
 _TOKENS = ("cls_token", "pos_embed", "mask_token", "register_tokens")
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
@@ -84,13 +85,14 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: StepValues) -> None
 def clip_gradients(modules: Mapping[str, Iterable[Tensor]], max_norm: float | None) -> dict[str, Tensor]:
     """Clip the gradient of each sub-module (backbone, DINO head, iBOT head) to `max_norm` on its own.
 
-    Returns the norms before clipping as 0-d tensors by sub-module, plus 'all' over everything. `max_norm` None or 0
-    only measures.
+    Returns the norms before clipping as 0-d tensors by sub-module, plus 'all' over everything, the same on every rank
+    of a sharded model. `max_norm` None or 0 only measures.
     """
     norms: dict[str, Tensor] = {}
     for name, parameters in modules.items():
         held = [p for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
+        # Of sharded gradients it is a sum over the ranks, still to be made.
+        norm = full(torch.nn.utils.get_total_norm([p.grad for p in held if p.grad is not None]))
         if max_norm:
             torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
         norms[name] = norm

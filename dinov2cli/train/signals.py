@@ -22,6 +22,11 @@ class StopRequest:
         self._owner = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
+    @property
+    def code(self) -> int:
+        """The signal noted, as its place in STOPPING from 1 on; 0 for none. What ranks can agree on."""
+        return 0 if self.received is None else [number.name for number in STOPPING].index(self.received) + 1
+
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:

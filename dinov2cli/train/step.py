@@ -1,6 +1,7 @@
 """One optimisation step: augment, mask, losses, backward, clip, AdamW, EMA.
 
-Everything random is keyed on (seed, step), so a resumed run repeats an uninterrupted one bit for bit on the CPU. A step
+Everything random is keyed on (seed, step), so a resumed run repeats an uninterrupted one bit for bit on the CPU, and on
+the place of an image in the batch of all ranks, so the same batch over more ranks gives the same loss. A step
 whose loss or gradient is not finite leaves the student and its moments as they were.
 """
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from dinov2cli.data.masks import make_masks
 from dinov2cli.errors import UserError
+from dinov2cli.models.blocks import Share
 from dinov2cli.train.ema import ema_update, pair_parameters
 from dinov2cli.train.optim import apply_schedule, clip_gradients
 from dinov2cli.train.parallel import Parallel
 from dinov2cli.train.schedules import StepValues
-from dinov2cli.train.ssl import Objective, SSLModel, SSLStep, ssl_losses
+from dinov2cli.train.sharding import Spread
+from dinov2cli.train.ssl import Objective, Scope, SSLStep, ssl_losses
 
 _MASKS, _DEPTH = (1 << 63) + 1, (1 << 63) + 2
 
@@ -40,7 +43,8 @@ class Settings:
     """What a step needs to know and no batch changes. `clip` is per sub-module, None only measures.
 
     `accumulate` splits a batch into that many equal parts, whose gradients are averaged: Sinkhorn, KoLeo and stochastic
-    depth then see one part at a time, and only the memory of one part is needed.
+    depth then see one part at a time, and only the memory of one part is needed. `depth_scope` says whether stochastic
+    depth keeps its share of the samples of all ranks, or (as in the paper) of each.
     """
 
     objective: Objective
@@ -49,11 +53,13 @@ class Settings:
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     clip: float | None = 3.0
     accumulate: int = 1
+    depth_scope: Scope = "global"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean losses by name with their `total`, gradient norms, the last part's features, and whether it was skipped."""
+    """Mean losses of all ranks by name with their `total`, gradient norms, the features of this rank's last part, and
+    whether the step was skipped."""
 
     losses: dict[str, Tensor]
     norms: dict[str, Tensor]
@@ -76,7 +82,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: SSLModel,
+        networks: Spread,
         optimizer: torch.optim.Optimizer,
         settings: Settings,
         *,
@@ -90,11 +96,15 @@ class Stepper:
                 f"train.accumulate: found {settings.accumulate} parts of {batch_size} images; "
                 "expected a divisor of data.batch_size that leaves 2 images or more"
             )
-        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.networks, self.optimizer, self.settings = networks, optimizer, settings
         self.augment, self.parallel, self.batch_size, self.grid = augment, parallel, batch_size, grid
         self.scaler = parallel.grad_scaler()
+        model = networks.model
         self.averaged = pair_parameters(model.teacher, model.student)
         self.clipped = {name: list(part.parameters()) for name, part in model.student.named_children()}
+        everyone = batch_size * parallel.world_size
+        own = range(parallel.rank * batch_size, (parallel.rank + 1) * batch_size)
+        self.own_crops = [crop * everyone + image for crop in range(2) for image in own]
 
     def __call__(
         self, batch: Mapping[str, Any], values: StepValues, step: int, *, seed: int, told: FirstBatch | None = None
@@ -109,12 +119,13 @@ class Stepper:
             sample=batch["index"],
         )
         masks = make_masks(
-            2 * self.batch_size,
+            2 * self.batch_size * self.parallel.world_size,
             self.grid,
-            rng=step_rng(self.settings.seed, step, _MASKS + 2 * self.parallel.rank),
+            rng=step_rng(self.settings.seed, step, _MASKS),
             probability=self.settings.mask_probability,
             ratio_min=self.settings.mask_ratio[0],
             ratio_max=self.settings.mask_ratio[1],
+            wanted=self.own_crops,
         )
         if told is not None:
             told(crops[0], crops[1] if len(crops[1]) else None, masks)
@@ -143,22 +154,31 @@ class Stepper:
         parts = self.settings.accumulate
         size = self.batch_size // parts
         by_crop = masks.unflatten(0, (2, self.batch_size))
-        depth_seed = step_rng(self.settings.seed, step, _DEPTH + 2 * self.parallel.rank).integers(1 << 63)
+        parallel, alone = self.parallel, self.parallel.world_size == 1
+        together = alone or self.settings.depth_scope == "global"
+        purpose = _DEPTH + (0 if together else 2 * parallel.rank)
+        depth_seed = step_rng(self.settings.seed, step, purpose).integers(1 << 63)
         generator = torch.Generator().manual_seed(int(depth_seed))
         losses: dict[str, Tensor] = {}
-        for part in (slice(i * size, (i + 1) * size) for i in range(parts)):
-            with self.parallel.autocast():
-                views = ssl_losses(
-                    self.model,
-                    self.settings.objective,
-                    global_crops=global_crops[:, part],
-                    local_crops=local_crops[:, part],
-                    masks=by_crop[:, part].flatten(0, 1),
-                    teacher_temperature=values.teacher_temperature,
-                    generator=generator,
-                    group=self.parallel.group,
-                )
-            self.scaler.scale(views.total / parts).backward()
+        for number in range(parts):
+            part = slice(number * size, (number + 1) * size)
+            with self.networks.part(number + 1 == parts):
+                with parallel.autocast():
+                    views = ssl_losses(
+                        self.networks.model,
+                        self.settings.objective,
+                        global_crops=global_crops[:, part],
+                        local_crops=local_crops[:, part],
+                        masks=by_crop[:, part].flatten(0, 1),
+                        teacher_temperature=values.teacher_temperature,
+                        generator=generator,
+                        group=parallel.group,
+                        share=None if alone or not together else Share(parallel.rank, parallel.world_size, size),
+                        student=self.networks.student,
+                    )
+                self.scaler.scale(views.total / parts).backward()
             for name, value in {"total": views.total.detach(), **views.terms}.items():
                 losses[name] = losses[name] + value / parts if name in losses else value / parts
-        return views, losses
+        # One small reduction: every rank sees the same losses, and skips the same steps.
+        means = parallel.mean(torch.stack(list(losses.values())))
+        return views, dict(zip(losses, means.unbind(), strict=True))

@@ -156,7 +156,7 @@ def test_stochastic_depth_has_the_gradient_of_the_gated_sum(small):
     linear = model.blocks[0].mlp.fc1
     groups, index = [(4, 2)], [torch.tensor([3, 1])]
     x = torch.randn(8, 64, requires_grad=True)
-    out = add_residual(lambda tokens, _: linear(tokens)[:, :64], x, groups, index)
+    out = add_residual(lambda tokens, _: linear(tokens)[:, :64], x, groups, index, [2.0])
     (found,) = torch.autograd.grad(out.pow(2).sum(), x)
     gate = torch.tensor([0.0, 2.0, 0.0, 2.0]).repeat_interleave(2)[:, None]
     (expected,) = torch.autograd.grad((x + gate * linear(x)[:, :64]).pow(2).sum(), x)

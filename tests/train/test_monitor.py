@@ -111,12 +111,12 @@ def alike() -> dict:
     [
         (60, {"model": tiny_model(centering="none"), "step": NO_KOLEO, "lr": 2e-2}, "one prototype wins for every"),
         (20, hot(1.0), "teacher targets are nearly uniform"),
-        (60, {"lr": 1.0}, "gradients are"),
+        (10, {"step": {"objective": Objective(koleo_weight=300)}}, "gradients are"),
         (15, {"phase": {"loader": Shades(1)}, "augment": without_colours}, "the features have collapsed"),
         (15, {"phase": {"loader": Shades(2)}, "augment": without_colours}, "fill few directions"),
         (15, alike(), "nearest class tokens almost touch"),
     ],
-    ids=["centring off", "temperature", "learning rate", "one image", "two images", "copies"],
+    ids=["centring off", "temperature", "weight of a term", "one image", "two images", "copies"],
 )
 def test_it_tells_of_a_run_that_was_broken_on_purpose(tmp_path, steps, broken, sentence):
     torch.set_num_threads(1)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from dinov2cli.data.masks import make_masks
 from dinov2cli.errors import UserError
 from dinov2cli.models.vit import VisionTransformer
-from dinov2cli.train.ssl import Objective, SSLModel, build_ssl_model, ssl_losses
+from dinov2cli.train.network import SSLModel, build_ssl_model
+from dinov2cli.train.ssl import Objective, ssl_losses
 
 BATCH, LOCALS, STUDENT_T, TEACHER_T = 6, 3, 0.1, 0.05
 

@@ -1,0 +1,85 @@
+"""`-n N`: the same command again in N processes of this machine, by torch's elastic launcher."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from dinov2cli.distributed import launched
+from dinov2cli.errors import Preempted
+
+_FLAGS = ("-n", "--processes")
+
+
+def relaunch(processes: int | None) -> None:
+    """Run this command line in `processes` processes and leave the program with their exit code.
+
+    Returns where there is nothing to start: one process, or this is one of several already.
+    """
+    if processes is None or processes == 1 or launched():
+        return
+    raise typer.Exit(start(without_processes(sys.argv[1:]), processes))
+
+
+def without_processes(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments less `-n N`, in any of its spellings."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in _FLAGS:
+            skip = True
+        elif not (argument.startswith("--processes=") or (argument.startswith("-n") and argument[2:].isdigit())):
+            kept.append(argument)
+    return kept
+
+
+def start(arguments: Sequence[str], processes: int) -> int:
+    """Run `dinov2 ARGUMENTS` in `processes` processes until all end; the exit code of the first that failed, or 0.
+
+    A signal to this process goes to all of them: they save, and the code says what stopped them.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _quiet()
+    # torchrun would give each process one thread; where there is no GPU they are what computes.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=f"dinov2-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "dinov2cli", *arguments)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else _killed(first)
+    except SignalException as stopped:
+        return 130 if stopped.sigval == signal.SIGINT else Preempted.exit_code
+    return 0
+
+
+def _killed(failure: Any) -> int:
+    name = signal.Signals(-failure.exitcode).name
+    print(  # noqa: T201
+        f"error: process {failure.local_rank} was ended by {name}; all were stopped; the same command continues",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _quiet() -> None:
+    """Silence the launcher's own reports: the process that failed has said why, in one line."""
+    import logging
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)

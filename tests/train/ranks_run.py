@@ -1,0 +1,81 @@
+"""A small real run over the ranks of a launch, as `python ranks_run.py RUN JSON`: digits through the product's loader.
+
+JSON: steps, batch (images per rank), sharding, and what else `setup`, `Settings` or `train` take.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov2cli.data.augment import Augment
+from dinov2cli.data.crops import MultiCrop
+from dinov2cli.data.loader import CropLoader
+from dinov2cli.data.source import open_source
+from dinov2cli.distributed import leave
+from dinov2cli.models.vit import VisionTransformer
+from dinov2cli.train.loop import Phase, train
+from dinov2cli.train.network import SSLModel, build_ssl_model
+from dinov2cli.train.optim import build_optimizer
+from dinov2cli.train.parallel import Parallel, setup
+from dinov2cli.train.schedules import RunLength, Schedules
+from dinov2cli.train.ssl import Objective
+from dinov2cli.train.step import Settings
+
+SEED = 3
+
+
+def model(centering: str = "sinkhorn", **changes: Any) -> SSLModel:
+    """A backbone of width 64 with heads of 96 prototypes, drawn from SEED."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
+    generator = torch.Generator().manual_seed(SEED)
+    backbone = VisionTransformer(**sizes, layerscale=0.5, drop_path=0.3, generator=generator, **changes)
+    return build_ssl_model(backbone, prototypes=96, hidden=64, bottleneck=32, centering=centering, seed=SEED)
+
+
+def phase(parallel: Parallel, batch: int, steps: int, *, size: int = 32, seed: int = SEED) -> Phase:
+    """A phase of `steps` steps of `batch` images per rank, global crops of `size` pixels."""
+    loader = CropLoader(
+        open_source("demo:digits"),
+        crop=MultiCrop(global_size=size, local_size=16, local_number=2),
+        batch_size=batch,
+        seed=seed,
+        workers=0,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+    )
+    schedules = Schedules(lr=2e-3, momentum=0.9, warmup=0.2)
+    length = RunLength(total=steps)
+    return Phase(schedules, length, loader, batch_size=batch, global_size=size, seed=seed)
+
+
+def main(run: str, text: str) -> None:
+    """Train as JSON says; the run's metrics.jsonl and checkpoints are the result."""
+    torch.set_num_threads(1)
+    asked = json.loads(text)
+    parallel = setup("cpu", asked.get("precision", "fp32"), **asked.get("setup", {}))
+    Path(run).mkdir(parents=True, exist_ok=True)
+    objective = Objective(koleo_weight=1.0, koleo_scope=asked.get("koleo_scope", "global"))
+    first = phase(parallel, asked["batch"], asked["steps"])
+    second = [phase(parallel, asked["batch"], n, size=48, seed=SEED + 1) for n in asked.get("second", [])]
+    train(
+        Path(run),
+        model=model(asked.get("centering", "sinkhorn"), **asked.get("model", {})),
+        make_optimizer=partial(build_optimizer, depth=3, layerwise_decay=0.9),
+        phases=[first, *second],
+        settings=Settings(objective, seed=SEED, **asked.get("settings", {})),
+        augment=Augment(),
+        parallel=parallel,
+        log_every=1,
+        **asked.get("train", {}),
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    leave()
+    os._exit(0)  # as the command line does; see cli/main.py

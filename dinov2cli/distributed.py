@@ -8,6 +8,7 @@ torch and accelerate are imported only where a launch is found.
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,10 +113,8 @@ class Ranks:
         return self._reached(lambda: self._send((None if keep else value, error), value, main_only, keep))
 
     def _reached(self, talk: Callable[[], T]) -> T:
-        try:
+        with noticing_lost_ranks(self):
             return talk()
-        except RuntimeError as lost:  # torch's gloo reports a closed connection so
-            raise lost_rank(self, lost) from lost
 
     def _broadcast(self, value: Any) -> Any:
         import torch.distributed as dist
@@ -196,13 +195,22 @@ def process_group(*, cpu: bool, patience: timedelta) -> Any:
         ) from error
 
 
-def lost_rank(ranks: Ranks, error: Exception) -> WorkError:
-    """The error of a rank whose exchange with the others failed, because one of them has gone."""
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return WorkError(
-        f"rank {ranks.rank} of {ranks.world_size} lost another rank of the launch ({cause}); every rank stops; the "
-        "first error of the others tells why; the same command continues"
-    )
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed? ?out|socket", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def noticing_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Raise WorkError, which says so, for an exchange inside that failed because another rank has gone."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL have no class of their own that both use
+        if ranks.world_size == 1 or not _LOST.search(str(error)):
+            raise
+        cause = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).splitlines()[0].split(". ")[0]
+        raise WorkError(
+            f"rank {ranks.rank} of {ranks.world_size} has lost another rank ({cause}), so all stop; the rank that "
+            "failed first says why; the same command continues from what is saved"
+        ) from error
 
 
 def leave() -> None:

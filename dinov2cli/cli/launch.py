@@ -63,7 +63,9 @@ def start(arguments: Sequence[str], processes: int) -> int:
         elastic_launch(config, sys.executable)("-m", "dinov2cli", *arguments)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else _killed(first)
+        # The launcher ends the others by SIGTERM; any other signal came from outside, and came first.
+        killed = [f for f in error.failures.values() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+        return _killed(killed[0]) if killed else max(first.exitcode, 1)
     except SignalException as stopped:
         return 130 if stopped.sigval == signal.SIGINT else Preempted.exit_code
     return 0
@@ -72,7 +74,7 @@ def start(arguments: Sequence[str], processes: int) -> int:
 def _killed(failure: Any) -> int:
     name = signal.Signals(-failure.exitcode).name
     print(  # noqa: T201
-        f"error: process {failure.local_rank} was ended by {name}; all were stopped; the same command continues",
+        f"error: rank {failure.local_rank} was ended by {name}, and then all; the same command continues",
         file=sys.stderr,
     )
     return 1

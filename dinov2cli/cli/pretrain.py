@@ -168,15 +168,46 @@ def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]
         "parameters": total,
         **{f"parameters of {name}": count for name, count in counts.items()},
         "GFLOP per image": round(flops / 1e9, 2),
-        "state memory (MiB)": round(total * 4 * 5 / 2**20, 1),
         "device": str(parts["parallel"].device),
         "precision": f"{parts['parallel'].precision} ({parts['parallel'].reason})",
         "ranks": parts["parallel"].world_size,
         "batch size": c.data.batch_size * parts["parallel"].world_size,
         "steps": steps if steps is not None else c.train.budget,
         "epochs": None if images is None else round(images / max(len(source), 1), 2),
+        **_footprint(c, parts, masked),
         "files": files_of(c),
     }
+
+
+def _footprint(config: "PretrainConfig", parts: dict[str, Any], masked: float) -> dict[str, float]:
+    """Modelled memory of a rank, and what it sends in a step, for the run's own phase."""
+    from dinov2cli.models.blocks import PLAIN_TOKENS
+    from dinov2cli.train.footprint import footprint
+    from dinov2cli.train.sizes import Batch, Layout, sizes_of
+
+    c, parallel, student = config, parts["parallel"], parts["model"].student
+    sharding = parallel.sharding
+    per_node = sharding.shard_ranks if sharding.kind == "hybrid" else parallel.ranks_per_node
+    return footprint(
+        sizes_of(student.backbone, student.dino_head, student.ibot_head),
+        Batch(
+            images=c.data.batch_size,
+            **c.crops.model_dump(include={"global_size", "local_size", "local_number"}),
+            masked=masked,
+            precision=parallel.precision,
+            accumulate=c.train.accumulate,
+            checkpointing=student.backbone.activation_checkpointing,
+            plain_tokens=PLAIN_TOKENS if parallel.device.type == "cpu" and parallel.precision == "bf16" else 0,
+        ),
+        Layout(
+            sharding="ddp" if sharding.kind == "none" else sharding.kind,
+            ranks=parallel.world_size,
+            per_node=per_node,
+            reshard=sharding.reshard_after_forward,
+        ),
+        iterations=c.loss.sinkhorn_iterations,
+        koleo_global=c.koleo.scope == "global",
+    )
 
 
 def _announce(talk: "Talk", config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]) -> None:

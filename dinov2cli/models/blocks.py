@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 Groups = list[tuple[int, int]]
 
-_PLAIN_TOKENS = 300  # longest sequence whose attention matrix is written out on a CPU
+PLAIN_TOKENS = 300  # longest sequence whose attention matrix is written out on a CPU
 
 
 class Kept(NamedTuple):
@@ -90,7 +90,7 @@ def attend(q_BHNC: Tensor, k_BHNC: Tensor, v_BHNC: Tensor) -> Tensor:
     There the fused kernel's backward pass is 6 to 13 times slower than three plain products (measured for 10, 50
     and 65 tokens in bf16; forward 1.2 to 2.5 times), and a short sequence's N x N matrix is small.
     """
-    plain = q_BHNC.device.type == "cpu" and q_BHNC.dtype == torch.bfloat16 and q_BHNC.shape[-2] <= _PLAIN_TOKENS
+    plain = q_BHNC.device.type == "cpu" and q_BHNC.dtype == torch.bfloat16 and q_BHNC.shape[-2] <= PLAIN_TOKENS
     if not plain:
         return F.scaled_dot_product_attention(q_BHNC, k_BHNC, v_BHNC)
     scores_BHNN = (q_BHNC * q_BHNC.shape[-1] ** -0.5) @ k_BHNC.transpose(-1, -2)

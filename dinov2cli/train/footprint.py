@@ -11,7 +11,7 @@ def footprint(
     """Flat facts of one rank: memory in GiB with its parts, and MiB sent per step (nothing where nothing is sent)."""
     parts = memory(network, batch, layout)
     facts = {"memory per rank (GiB, modelled)": round(parts.pop("total") / 2**30, 2)}
-    facts |= {f"memory of {name} (GiB)": round(size / 2**30, 2) for name, size in parts.items() if size}
+    facts |= {f"memory of {name} (GiB)": round(size / 2**30, 2) for name, size in parts.items() if size >= 2**30 / 200}
     if layout.ranks == 1:
         return facts
     sent = traffic(network, batch, layout, iterations=iterations, koleo_global=koleo_global)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from dinov2cli.artifacts.run import Journal
+from dinov2cli.distributed import noticing_lost_ranks
 from dinov2cli.errors import DinoError, InputError, Preempted, WorkError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train import checkpoint
@@ -361,6 +362,9 @@ def train(run: Path, **arguments: Any) -> TrainResult:
     callbacks `on_first_batch`, `on_metrics(line, total steps)` and `on_message(text)`.
 
     Raises Preempted after SIGTERM or SIGUSR1 and KeyboardInterrupt after Ctrl-C, both after saving; WorkError when the
-    loss stays not finite or the disk refuses; InputError when a checkpoint belongs to another model.
+    loss stays not finite, the disk refuses or another rank is gone; InputError when a checkpoint belongs to another
+    model.
     """
-    return Trainer(run, **arguments).train()
+    trainer = Trainer(run, **arguments)
+    with noticing_lost_ranks(trainer.parallel.ranks):
+        return trainer.train()

@@ -61,19 +61,18 @@ def activations(network: NetworkSizes, batch: Batch) -> int:
 def block_activations(network: NetworkSizes, batch: Batch, groups: list[tuple[int, int]], rate: float) -> int:
     """Bytes that autograd keeps of one block (models/blocks.py), for `groups` of (samples, tokens of each).
 
-    At a drop-path `rate` above 0 both branches hold only the samples kept, but also their input, gathered in float32,
-    and their result, which `index_add` keeps.
+    At a drop-path `rate` above 0 both branches hold only the samples kept; the input of their norm is then a gathered
+    copy instead of the residual stream itself.
     """
     wide, width = batch.wide, network.width
     kept = [(max(int(samples * (1 - rate) + 1e-9), 1), length) for samples, length in groups]
     tokens = sum(samples * length for samples, length in kept)
     norm = 4 * width + 8 + wide * width  # input, mean and 1 / std, and what the linear layer after it keeps
     scale = wide * width if network.layerscale else 0
-    added = 4 * width if rate > 0 else 0
     inner = wide * network.hidden * (4 if network.gated else 1)  # gate, value, silu(gate), their product; or fc1's
     several = len({length for _, length in kept}) > 1
     attention = sum(samples * length * _attention(network, batch, length, several) for samples, length in kept)
-    return attention + tokens * (2 * (norm + scale + added) + inner)
+    return attention + tokens * (2 * (norm + scale) + inner)
 
 
 def _attention(network: NetworkSizes, batch: Batch, length: int, several: bool) -> int:
@@ -136,7 +135,7 @@ def _gathered(network: NetworkSizes, batch: Batch, layout: Layout) -> tuple[int,
     heads = [4 * layout.shards * shard_of(head.shapes, layout.shards) for head in network.heads]
     root = 4 * layout.shards * shard_of(network.root, layout.shards)
     alive = min(ALIVE, network.depth)
-    weights = root + (alive * block + max(heads) if layout.reshard else network.depth * block + sum(heads))
+    weights = root + sum(heads) + (alive if layout.reshard else network.depth) * block
     if batch.accumulate > 1:
         return weights, network.depth * block + sum(heads) + root
     return weights, max(alive * block, max(heads))

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2cli.device import PRECISIONS, autocast, choose_device, choose_precision
-from dinov2cli.distributed import ALONE, Ranks, join, launched, lost_rank, process_group
+from dinov2cli.distributed import ALONE, Ranks, join, launched, process_group
 from dinov2cli.errors import UserError
 from dinov2cli.train.network import SSLModel
 from dinov2cli.train.sharding import Sharding, Spread, spread
 
+_NODE = 8  # ranks of a machine, where a launch is only planned
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others in a step: an evaluation on the main process may take minutes."""
 
@@ -38,6 +39,7 @@ class Parallel:
     group: Any = None
     mesh: Any = None
     activation_checkpointing: bool = False  # asked for by the launcher
+    ranks_per_node: int = 1
 
     @property
     def rank(self) -> int:
@@ -78,15 +80,12 @@ class Parallel:
     def agree(self, number: float) -> float:
         """The highest `number` of all ranks: for what no rank may decide alone (a signal to stop, the time).
 
-        On the host's group, so that a GPU never waits for it. Raises WorkError if a rank is gone.
+        On the host's group, so that a GPU never waits for it.
         """
         if self.world_size == 1:
             return number
         value = torch.tensor(number, dtype=torch.float64)
-        try:
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.ranks.host)
-        except RuntimeError as error:
-            raise lost_rank(self.ranks, error) from error
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.ranks.host)
         return float(value)
 
 
@@ -113,6 +112,8 @@ def setup(
     """
     asked = launcher_wishes()
     world_size = planned or int(os.environ.get("WORLD_SIZE", "1"))
+    per_node = min(_NODE, planned) if planned else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shard_ranks = shard_ranks or asked.shard_ranks or per_node
     plan = _plan(asked, world_size, sharding, reshard_after_forward, shard_ranks, offload)
     ranks = Ranks(world_size=planned) if planned else join(device, PATIENCE)
     chosen = choose_device(device)
@@ -136,6 +137,7 @@ def setup(
         group=dist.group.WORLD if met else None,
         mesh=None if planned else _mesh(plan, chosen, world_size),
         activation_checkpointing=asked.activation_checkpointing,
+        ranks_per_node=per_node,
     )
 
 
@@ -195,7 +197,7 @@ def _hybrid_wishes() -> tuple[int, int | None]:
 
 
 def _plan(
-    asked: Wishes, world_size: int, sharding: str, reshard: bool | None, shard_ranks: int | None, offload: bool | None
+    asked: Wishes, world_size: int, sharding: str, reshard: bool | None, shard_ranks: int, offload: bool | None
 ) -> Sharding:
     launcher = None
     if asked.fsdp:
@@ -208,7 +210,6 @@ def _plan(
     kind: Any = sharding if sharding != "auto" else launcher or ("ddp" if world_size > 1 else "none")
     if kind == "ddp" and world_size == 1:
         kind = "none"
-    shard_ranks = shard_ranks or asked.shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fits = world_size % shard_ranks == 0 and asked.copies in (1, world_size // shard_ranks)
     if kind == "hybrid" and not fits:
         raise UserError(

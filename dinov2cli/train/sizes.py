@@ -30,6 +30,17 @@ class HeadSizes:
 
 
 @dataclass(frozen=True)
+class Group:
+    """`times` equal groups of tensors, each gathered as one: in 16 bit under mixed precision (`half`), and `kept` from
+    the student's forward to its backward pass even where others are given up."""
+
+    times: int
+    shapes: tuple[Shape, ...]
+    half: bool
+    kept: bool = False
+
+
+@dataclass(frozen=True)
 class NetworkSizes:
     """A backbone with its heads. `block` holds the parameter shapes of ONE of `depth` equal blocks, `root` what is left
     of the backbone: tokens, position and patch embedding, final norm. `heads` is (DINO, iBOT), or one when tied.
@@ -52,14 +63,14 @@ class NetworkSizes:
     prefix: int
     drop_rates: tuple[float, ...]
 
-    def groups(self) -> list[tuple[int, tuple[Shape, ...], bool]]:
-        """The groups that are gathered as one, as (how many alike, shapes, whether in 16 bit under mixed precision)."""
-        heads = [(1, head.shapes, False) for head in self.heads]
-        return [(self.depth, self.block, True), *heads, (1, self.root, False)]
+    def groups(self) -> list["Group"]:
+        """The groups that are gathered as one."""
+        heads = [Group(1, head.shapes, half=False, kept=True) for head in self.heads]
+        return [Group(self.depth, self.block, half=True), *heads, Group(1, self.root, half=False)]
 
     def parameters(self, shards: int = 1) -> int:
         """Elements that one of `shards` ranks holds of the whole network."""
-        return sum(times * shard_of(shapes, shards) for times, shapes, _ in self.groups())
+        return sum(group.times * shard_of(group.shapes, shards) for group in self.groups())
 
 
 @dataclass(frozen=True)
@@ -143,12 +154,19 @@ def numel(shapes: Iterable[Shape]) -> int:
 
 
 def shard_of(shapes: Iterable[Shape], shards: int) -> int:
-    """Elements each rank holds of tensors cut along their first axis into `shards` equal pieces, padding included.
+    """Elements each rank holds of tensors cut into `shards` equal pieces, padding included (see train/sharding.py).
 
-    FSDP2 pads every piece to the first one's size (torch/distributed/fsdp, FSDPParam): with more ranks than rows a
-    tensor is as large on every rank as a single row of it.
+    FSDP2 cuts the first axis and pads every piece to the first one's size (torch/distributed/fsdp, FSDPParam). Tensors
+    with fewer rows than ranks, as tokens, are cut along their last axis where that is a multiple of the ranks; where it
+    is not, a piece is as large as one row.
     """
-    return sum(math.ceil(shape[0] / shards) * math.prod(shape[1:]) for shape in shapes)
+
+    def piece(shape: Shape) -> int:
+        if shape[0] < shards and shape[-1] % shards == 0:
+            return math.prod(shape) // shards
+        return math.ceil(shape[0] / shards) * math.prod(shape[1:])
+
+    return sum(map(piece, shapes))
 
 
 def sizes_of(backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead | None) -> NetworkSizes:

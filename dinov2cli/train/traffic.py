@@ -81,11 +81,11 @@ def _sharded(network: NetworkSizes, batch: Batch, layout: Layout) -> list[Collec
     replicas = layout.ranks // shards
     within, across = layout.crossing(shards), layout.crossing(replicas, stride=shards)
     rows = []
-    for times, shapes, half in network.groups():
-        piece = (batch.wide if half else 4) * shard_of(shapes, shards)
-        calls, whole = times * parts, piece * shards
+    for group in network.groups():
+        piece = (batch.wide if group.half else 4) * shard_of(group.shapes, shards)
+        times, calls, whole = group.times, group.times * parts, piece * shards
         if shards > 1:
-            gathers = 2 if layout.reshard else 1
+            gathers = 2 if layout.reshard and not group.kept else 1
             rows += [
                 Collective("all_gather", "student", gathers * calls, whole, shards, within),
                 Collective("all_gather", "teacher", calls, whole, shards, within),

@@ -1,10 +1,11 @@
-"""A small real run over the ranks of a launch, as `python ranks_run.py RUN JSON`: digits through the product's loader.
+"""Small real runs over the ranks of a launch, as `python ranks_run.py JSON`: digits through the product's loader.
 
-JSON: steps, batch (images per rank), sharding, and what else `setup`, `Settings` or `train` take.
+JSON: a list of [folder, {steps, batch (images per rank), and what else `setup`, `Settings` or `train` take}].
 """
 
 import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from dinov2cli.data.augment import Augment
 from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.loader import CropLoader
 from dinov2cli.data.source import open_source
-from dinov2cli.distributed import leave
+from dinov2cli.distributed import launched, leave
+from dinov2cli.errors import Preempted
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train.loop import Phase, train
 from dinov2cli.train.network import SSLModel, build_ssl_model
@@ -29,11 +31,11 @@ from dinov2cli.train.step import Settings
 SEED = 3
 
 
-def model(centering: str = "sinkhorn", **changes: Any) -> SSLModel:
+def model(centering: str = "sinkhorn") -> SSLModel:
     """A backbone of width 64 with heads of 96 prototypes, drawn from SEED."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
     generator = torch.Generator().manual_seed(SEED)
-    backbone = VisionTransformer(**sizes, layerscale=0.5, drop_path=0.3, generator=generator, **changes)
+    backbone = VisionTransformer(**sizes, layerscale=0.5, drop_path=0.3, generator=generator)
     return build_ssl_model(backbone, prototypes=96, hidden=64, bottleneck=32, centering=centering, seed=SEED)
 
 
@@ -53,29 +55,48 @@ def phase(parallel: Parallel, batch: int, steps: int, *, size: int = 32, seed: i
     return Phase(schedules, length, loader, batch_size=batch, global_size=size, seed=seed)
 
 
-def main(run: str, text: str) -> None:
-    """Train as JSON says; the run's metrics.jsonl and checkpoints are the result."""
-    torch.set_num_threads(1)
-    asked = json.loads(text)
+def run(folder: Path, asked: dict[str, Any]) -> None:
+    """Train as asked; metrics.jsonl and the checkpoints in `folder` are the result."""
     parallel = setup("cpu", asked.get("precision", "fp32"), **asked.get("setup", {}))
-    Path(run).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     objective = Objective(koleo_weight=1.0, koleo_scope=asked.get("koleo_scope", "global"))
     first = phase(parallel, asked["batch"], asked["steps"])
     second = [phase(parallel, asked["batch"], n, size=48, seed=SEED + 1) for n in asked.get("second", [])]
+    network = model(asked.get("centering", "sinkhorn"))
+    network.student.backbone.activation_checkpointing = asked.get("recompute", False)
+    rank, at = asked.get("stop", (None, None))  # this rank alone is told to stop, in the middle of this step
+
+    def told(line: Any, _total: int) -> None:
+        if line["step"] == at and parallel.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     train(
-        Path(run),
-        model=model(asked.get("centering", "sinkhorn"), **asked.get("model", {})),
+        folder,
+        model=network,
         make_optimizer=partial(build_optimizer, depth=3, layerwise_decay=0.9),
         phases=[first, *second],
         settings=Settings(objective, seed=SEED, **asked.get("settings", {})),
         augment=Augment(),
         parallel=parallel,
         log_every=1,
+        on_metrics=told,
         **asked.get("train", {}),
     )
 
 
+def main(text: str) -> None:
+    """Run one job after the other: JSON pairs of a folder and what is asked."""
+    torch.set_num_threads(1)
+    for folder, asked in json.loads(text):
+        try:
+            run(Path(folder), asked)
+        except Preempted as stopped:
+            print(f"{folder}: {stopped}", flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    leave()
+    main(sys.argv[1])
+    if launched():
+        leave()
+    sys.stdout.flush()
     os._exit(0)  # as the command line does; see cli/main.py

@@ -91,9 +91,8 @@ class Ranks:
         """What `make` returns on the main process, given to all; what it raises is raised by all."""
         if self.world_size == 1:
             return make()
-        value, error = _attempt(make) if self.main else (None, None)
         # Broadcast, not gathered: an index of gigabytes must arrive once, not once from every rank.
-        value, error = self._reached(lambda: self._broadcast((value, error)))
+        value, error = self._reached(make if self.main else None, lambda *outcome: self._broadcast(outcome))
         _raise([error])
         return cast(T, value)
 
@@ -109,12 +108,24 @@ class Ranks:
         """Results of `work` of all ranks (only this one's with `keep`); the first DinoError of any is raised by all."""
         if self.world_size == 1:
             return [] if work is None else [work()]
-        value, error = _attempt(work)
-        return self._reached(lambda: self._send((None if keep else value, error), value, main_only, keep))
+        return self._reached(
+            work, lambda value, error: self._send((None if keep else value, error), value, main_only, keep)
+        )
 
-    def _reached(self, talk: Callable[[], T]) -> T:
-        with noticing_lost_ranks(self):
-            return talk()
+    def _reached(self, work: Callable[[], Any] | None, talk: Callable[[Any, DinoError | None], R]) -> R:
+        """What `talk`, with the other ranks about the result or the error of `work`, comes to."""
+        error: DinoError | None = None
+        try:
+            value, error = _attempt(work)
+            with noticing_lost_ranks(self):
+                return talk(value, error)
+        except DinoError as broken:
+            if broken.rank is not None:
+                raise
+            # A rank is gone, or a signal came amid the exchange: nobody can be told any more, so this rank leaves.
+            error = error or broken
+            error.rank = self.rank
+            raise error from broken.__cause__
 
     def _broadcast(self, value: Any) -> Any:
         import torch.distributed as dist

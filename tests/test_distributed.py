@@ -131,7 +131,7 @@ def test_a_rank_that_dies_is_noticed_by_the_others(tmp_path):
     for rank in (0, 2):
         kind, text, _ = json.loads((tmp_path / f"{rank}.json").read_text())
         assert kind == "WorkError"
-        assert text.startswith(f"rank {rank} of 3 lost another rank of the launch")
+        assert text.startswith(f"rank {rank} of 3 has lost another rank")
 
 
 def test_alone_nothing_is_sent():

@@ -49,6 +49,8 @@ def start(arguments: Sequence[str], processes: int) -> int:
     _quiet()
     # torchrun would give each process one thread; where there is no GPU they are what computes.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # How long ranks have to save after a signal; also how long those that hang after another died stay.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "45")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -159,8 +159,6 @@ def launcher_wishes() -> Wishes:
     for name, what in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
         if _flag(f"ACCELERATE_USE_{name}"):
             raise UserError(f"accelerate launch asks for {what}; expected FSDP (fsdp_version: 2) or MULTI_GPU")
-    if (parts := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("1", ""):
-        raise UserError(f"accelerate launch asks for {parts} accumulation steps; use --set train.accumulate={parts}")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16", "fp16"):
         raise UserError(f"accelerate launch asks for mixed_precision {precision}; expected no, bf16 or fp16")

@@ -207,7 +207,7 @@ def _schedules(config: "PretrainConfig", total_batch: int, scale: float) -> Any:
     )
 
 
-def _overrides(config: "PretrainConfig") -> dict[str, Any]:
+def overrides(config: "PretrainConfig") -> dict[str, Any]:
     """Arguments of the backbone that the recipe sets over those of the architecture."""
     m = config.model
     asked = {"patch_size": m.patch_size, "num_register_tokens": m.registers, "ffn": m.ffn}
@@ -249,7 +249,7 @@ def initial_backbone(
         if size % patch:
             raise UserError(f"{name} {size} {patch_advice(size, patch)}")
     if loaded is None:
-        backbone = build(m.arch, seed=config.seed, **_overrides(config))
+        backbone = build(m.arch, seed=config.seed, **overrides(config))
         if m.init == "structured" and look:
             structured_init(backbone, _first_look(config, source), torch.Generator().manual_seed(config.seed))
         return backbone, []

@@ -1,6 +1,7 @@
 """Writes a backbone for other programs: Hugging Face directory, timm directory, official `.pth`."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from dinov2cli import __version__
 from dinov2cli.artifacts.output import write_aside
+from dinov2cli.errors import InputError
+from dinov2cli.models.files import read_json, read_pth
 from dinov2cli.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, preprocessor_config
 from dinov2cli.models.registry import name_of
+from dinov2cli.models.shards import Read, write_weights
 from dinov2cli.models.vit import VisionTransformer
-from dinov2cli.models.weights import to_hf, to_timm
+from dinov2cli.models.weights import to_timm
 
 
 def hf_config(backbone: VisionTransformer) -> dict[str, Any]:
@@ -66,14 +70,42 @@ def save_hf(
     base_model, eval_results with model_name …). Weights are stored as float32. Files are written aside and renamed,
     weights first, so that a directory with a config is whole.
     """
-    directory = Path(directory)
+    state = backbone.state_dict()
     preprocess = Preprocess(resize, crop, tuple(mean), tuple(std), interpolation)
-    weights = _storable(to_hf(backbone.state_dict()))
-    write_aside(directory / "model.safetensors", lambda tmp: save_file(weights, tmp, metadata={"format": "pt"}))
+    return write_hf(
+        backbone,
+        directory,
+        read=lambda names: {name: state[name] for name in names},
+        preprocess=preprocess,
+        card=card,
+        card_data=card_data,
+    )
+
+
+def write_hf(
+    backbone: VisionTransformer,
+    directory: Path | str,
+    *,
+    read: Read,
+    preprocess: Preprocess,
+    limit: int | None = None,
+    origin: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    card_data: Mapping[str, Any] | None = None,
+) -> Path:
+    """As `save_hf`, of a backbone whose weights need not be in memory: `backbone` may be on the meta device.
+
+    `read` is asked for the weights a few at a time, by their names in the backbone. They are written in files of at
+    most `limit` bytes. `origin`, plain values, joins what config.json says under `dinov2cli`.
+    """
+    directory = Path(directory)
+    write_weights(backbone, read, directory, limit)
     _write_json(directory / "preprocessor_config.json", preprocessor_config(preprocess))
     text = model_card(backbone, preprocess, directory.name, card, card_data)
     write_aside(directory / "README.md", lambda tmp: _write_text(tmp, text))
-    _write_json(directory / "config.json", hf_config(backbone))
+    config = hf_config(backbone)
+    config["dinov2cli"] |= dict(origin or {})
+    _write_json(directory / "config.json", config)
     return directory
 
 
@@ -131,17 +163,19 @@ def save_timm(
     resize: int = 256,
     crop: int = 224,
     interpolation: str = "bicubic",
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the directory that `timm.create_model("local-dir:DIR", pretrained=True)` loads, and return it.
 
     timm resamples positions to the exact size with antialias (pass dynamic_img_size=True to use other sizes), so a
     backbone with offset 0.1 gives slightly other features there at sizes other than its own. The mask token is lost.
+    `origin`, plain values, stands in config.json under `dinov2cli`, which timm ignores.
     """
     directory = Path(directory)
     registers, swiglu = backbone.num_register_tokens, backbone.ffn == "swiglu"
     weights = _storable(to_timm(backbone.state_dict()))
     ratio = weights["blocks.0.mlp.fc1.weight"].shape[0] / backbone.embed_dim
-    config = {
+    config: dict[str, Any] = {
         # The nearest of timm's own; model_args then say the rest. SwiGLU exists only in the giant's entry.
         "architecture": f"vit_{'giant' if swiglu else 'small'}_patch14_{'reg4_' if registers else ''}dinov2",
         "num_classes": 0,
@@ -172,29 +206,55 @@ def save_timm(
             "classifier": "head",
         },
     }
+    if origin is not None:
+        config["dinov2cli"] = {"version": __version__, **origin}
     write_aside(directory / "model.safetensors", lambda tmp: save_file(weights, tmp, metadata={"format": "pt"}))
     _write_json(directory / "config.json", config)
     return directory
 
 
 def save_official(
-    backbone: VisionTransformer, file: Path | str, *, heads: Mapping[str, nn.Module] | None = None
+    backbone: VisionTransformer,
+    file: Path | str,
+    *,
+    heads: Mapping[str, nn.Module] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a `.pth` with the official names and return its path.
 
     Without heads it is laid out as the released backbones; with heads ({"dino_head": …, "ibot_head": …}) as the
     official `teacher_checkpoint.pth`. The file has no place for the interpolation convention: official code and
-    `load_model` take offset 0.1 for plain and exact size with antialias for register models.
+    `load_model` take offset 0.1 for plain and exact size with antialias for register models. `origin`, plain values,
+    comes back from `read_origin`.
     """
     file = Path(file)
-    state: dict[str, Any] = _storable(backbone.state_dict())
+    state: dict[str, Any] = OrderedDict(_storable(backbone.state_dict()))
     if heads:
         state = {f"backbone.{key}": value for key, value in state.items()}
         for name, head in heads.items():
             state |= {f"{name}.{key}": value for key, value in _storable(head.state_dict()).items()}
-        state = {"teacher": state}
+        state = OrderedDict(teacher=state)
+    if origin is not None:
+        # Where torch keeps the version of each module in a state dict: loading looks at its own keys alone.
+        state._metadata = {"": {"version": 1, "dinov2cli": dict(origin)}}  # type: ignore[attr-defined]
     write_aside(file, lambda tmp: torch.save(state, tmp))
     return file
+
+
+def read_origin(place: Path) -> dict[str, Any] | None:
+    """What was written as `origin` to a directory or an official file ({} if nothing was); None where `place` is not
+    what this program wrote, or cannot be read."""
+    try:
+        if place.is_file():
+            metadata = getattr(read_pth(place, shapes_only=True), "_metadata", {})
+            found = metadata.get("", {}).get("dinov2cli")
+        else:
+            config = read_json(place / "config.json")
+            # transformers passes the entry on to whatever is trained further from an export.
+            found = None if "transformers_version" in config else config.get("dinov2cli")
+    except (InputError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _interpolation_note(backbone: VisionTransformer) -> str:

@@ -7,7 +7,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from dinov2cli.errors import InputError
@@ -29,29 +29,36 @@ def weight_files(path: Path) -> list[Path]:
     raise InputError(f"{path} has a config.json but no model.safetensors{hint}: save the model with safetensors")
 
 
-def read_weights(path: Path) -> StateDict:
-    """All weights of a directory under the names on disk; weights of a head beside the backbone are logged."""
+def read_weights(path: Path, *, shapes_only: bool = False) -> StateDict:
+    """All weights of a directory under the names on disk; weights of a head beside the backbone are logged.
+
+    With `shapes_only` they are on the meta device, and only the files' headers are read.
+    """
     state: StateDict = {}
     for file in weight_files(path):
-        state |= read_safetensors(file)
+        state |= read_safetensors(file, shapes_only=shapes_only)
     beside = sorted(key for key in state if key.startswith(HEAD_PREFIXES))
     if beside:
         log.info("%s: %d weights of a head are not used (%s)", path, len(beside), beside[0])
     return state
 
 
-def read_safetensors(file: Path) -> StateDict:
-    """The tensors of one safetensors file."""
+def read_safetensors(file: Path, *, shapes_only: bool = False) -> StateDict:
+    """The tensors of one safetensors file, with `shapes_only` on the meta device (in float32) without reading them."""
     try:
-        return load_file(file)
+        if not shapes_only:
+            return load_file(file)
+        with safe_open(file, "pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}): fetch or export it again") from None
 
 
-def read_pth(file: Path) -> dict[str, Any]:
-    """The dict inside a `.pth` file, read with weights_only=True."""
+def read_pth(file: Path, *, shapes_only: bool = False) -> dict[str, Any]:
+    """The dict inside a `.pth` file, read with weights_only=True; with `shapes_only` its tensors on the meta device."""
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except UnpicklingError:
         raise InputError(
             f"{file} is no plain weights file: it is damaged or holds Python objects, which are never loaded; "

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,40 +58,44 @@ def load_model(
 
     `img_size` changes the crop (and the resize in proportion) the model is used at; for an architecture name it is
     also the grid of its position embedding. `seed` draws the random weights of an architecture name, which come with
-    a logged warning. Raises InputError for a model that is missing, unreadable or of another kind, UserError for an
-    image size the patch does not divide.
+    a logged warning. On the device "meta" no weights are read, only what tells their shapes, and there is no sha256.
+    Raises InputError for a model that is missing, unreadable or of another kind, UserError for an image size the patch
+    does not divide.
     """
     spec = str(spec)
     path = Path(spec).expanduser()
+    meta = torch.device(device).type == "meta"
     if path.is_dir():
-        loaded = _load_directory(path, path.resolve().name)
+        loaded = _load_directory(path, path.resolve().name, meta)
     elif path.is_file():
-        loaded = _load_file(path)
+        loaded = _load_file(path, meta)
     elif parse_architecture(spec) is not None:
-        loaded = _random_model(spec, img_size, seed)
+        loaded = _random_model(spec, img_size, seed, meta)
     else:
-        loaded = _load_hub(spec, path)
+        loaded = _load_hub(spec, path, meta)
     if img_size is not None:
         loaded = replace(loaded, preprocess=loaded.preprocess.with_crop(img_size, loaded.backbone.patch_size))
     loaded.backbone.to(device).eval()
     return loaded
 
 
-def _random_model(arch: str, img_size: int | None, seed: int) -> LoadedModel:
-    backbone = build(arch, seed=seed, img_size=img_size)
-    log.warning("model %s has random weights (seed %d): its features are those of an untrained network", arch, seed)
+def _random_model(arch: str, img_size: int | None, seed: int, meta: bool) -> LoadedModel:
+    backbone = build(arch, seed=seed, img_size=img_size, device="meta" if meta else "cpu")
+    if not meta:
+        log.warning("model %s has random weights (seed %d): its features are those of an untrained network", arch, seed)
     preprocess = default_preprocess(backbone.img_size, backbone.patch_size)
     fingerprint = {"arch": arch, "img_size": backbone.img_size, "seed": seed}
     return LoadedModel(backbone, arch, preprocess, True, fingerprint)
 
 
-def _load_directory(path: Path, name: str) -> LoadedModel:
+def _load_directory(path: Path, name: str, meta: bool) -> LoadedModel:
     """A run, a Hugging Face or a timm directory, told apart by what is inside."""
     if has_manifest(path):
         require_kind(path, "run", complete=False)
         if not (path / "export" / "config.json").is_file():
             raise InputError(
-                f"{path} is a run without an export yet: let it finish (run the same command again to continue it)"
+                f"{path} is a run without an export yet: let it finish (run the same command again to continue it), "
+                "or take the model out of a checkpoint with `dinov2 export`"
             )
     if (path / "export" / "config.json").is_file():
         path = path / "export"
@@ -102,23 +107,23 @@ def _load_directory(path: Path, name: str) -> LoadedModel:
         )
     config = read_json(path / "config.json")
     if config.get("model_type") in _HF_TYPES:
-        return _load_hf(path, name, config)
+        return _load_hf(path, name, config, meta)
     if "architecture" in config:
-        return _load_timm(path, name, config)
+        return _load_timm(path, name, config, meta)
     raise InputError(
         f"{path}/config.json is of a model of type {config.get('model_type')!r}, expected {' or '.join(_HF_TYPES)} "
         "(Hugging Face) or a timm config"
     )
 
 
-def _load_hf(path: Path, name: str, config: dict[str, Any]) -> LoadedModel:
+def _load_hf(path: Path, name: str, config: dict[str, Any], meta: bool) -> LoadedModel:
     kwargs = _described(path / "config.json", lambda: hf_architecture(config))
-    state = read_weights(path)
-    backbone = _fill(kwargs, from_hf(state), str(path))
+    state = read_weights(path, shapes_only=meta)
+    backbone = _fill(kwargs, from_hf(state), str(path), meta)
     preprocess = default_preprocess(backbone.img_size, backbone.patch_size)
     if (path / "preprocessor_config.json").is_file():
         preprocess = read_preprocess(path / "preprocessor_config.json").fitted(backbone.patch_size)
-    return LoadedModel(backbone, name, preprocess, False, _fingerprint(weight_files(path)[0]))
+    return LoadedModel(backbone, name, preprocess, False, _fingerprint(weight_files(path), meta))
 
 
 def hf_architecture(config: dict[str, Any]) -> dict[str, Any]:
@@ -149,13 +154,13 @@ def hf_architecture(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_timm(path: Path, name: str, config: dict[str, Any]) -> LoadedModel:
-    state = from_timm(read_weights(path))
+def _load_timm(path: Path, name: str, config: dict[str, Any], meta: bool) -> LoadedModel:
+    state = from_timm(read_weights(path, shapes_only=meta))
     arguments, cfg = config.get("model_args") or {}, config.get("pretrained_cfg") or config
     kwargs = _described(path, lambda: infer_architecture(state, arguments.get("num_heads")))
     # timm always resamples positions to the exact size with antialias.
     kwargs |= {"interpolate_offset": 0.0, "interpolate_antialias": True}
-    backbone = _fill(kwargs, state, str(path))
+    backbone = _fill(kwargs, state, str(path), meta)
 
     def preprocess() -> Preprocess:
         default = default_preprocess(backbone.img_size, backbone.patch_size)
@@ -169,14 +174,15 @@ def _load_timm(path: Path, name: str, config: dict[str, Any]) -> LoadedModel:
         ).fitted(backbone.patch_size)
 
     stored = _described(path / "config.json", preprocess)
-    return LoadedModel(backbone, name, stored, False, _fingerprint(weight_files(path)[0]))
+    return LoadedModel(backbone, name, stored, False, _fingerprint(weight_files(path), meta))
 
 
-def _load_file(path: Path) -> LoadedModel:
+def _load_file(path: Path, meta: bool) -> LoadedModel:
     """A single weights file; its architecture is read off the shapes."""
     if path.suffix not in _WEIGHT_FILES:
         raise InputError(f"{path} is not a model: expected a directory or a file ending in {', '.join(_WEIGHT_FILES)}")
-    checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read_pth(path)
+    read = read_safetensors if path.suffix == ".safetensors" else read_pth
+    checkpoint = read(path, shapes_only=meta)
 
     def convert() -> StateDict:
         state = from_official(checkpoint)
@@ -185,12 +191,12 @@ def _load_file(path: Path) -> LoadedModel:
 
     state = _described(path, convert)
     kwargs = _described(path, lambda: infer_architecture(state))
-    backbone = _fill(kwargs, state, str(path))
+    backbone = _fill(kwargs, state, str(path), meta)
     preprocess = default_preprocess(backbone.img_size, backbone.patch_size)
-    return LoadedModel(backbone, path.stem, preprocess, False, _fingerprint(path))
+    return LoadedModel(backbone, path.stem, preprocess, False, _fingerprint([path], meta))
 
 
-def _load_hub(spec: str, path: Path) -> LoadedModel:
+def _load_hub(spec: str, path: Path, meta: bool) -> LoadedModel:
     """A model on the hub, by `owner/name` or `owner/name@revision`; else the error for an unknown MODEL."""
     scheme = spec.partition(":")[0]
     if scheme in _NOT_YET and ":" in spec:
@@ -217,17 +223,18 @@ def _load_hub(spec: str, path: Path) -> LoadedModel:
             f"model {spec!r} is no directory here and could not be fetched from the Hugging Face hub ({reason}): "
             "check the name and the network, or give a local directory"
         ) from None
-    return _load_directory(Path(folder), match[1])
+    return _load_directory(Path(folder), match[1], meta)
 
 
-def _fill(kwargs: dict[str, Any], state: StateDict, source: str) -> VisionTransformer:
-    """A backbone of these numbers with these weights in float32."""
+def _fill(kwargs: dict[str, Any], state: StateDict, source: str, meta: bool) -> VisionTransformer:
+    """A backbone of these numbers with these weights in float32, or on the meta device with their shapes."""
     try:
         with torch.device("meta"):
             backbone = VisionTransformer(**kwargs)
     except UserError as error:
         raise InputError(f"{source}: {error}") from None
-    backbone.to_empty(device="cpu")
+    if not meta:
+        backbone.to_empty(device="cpu")
     load_strict(backbone, state, source)
     return backbone
 
@@ -242,8 +249,11 @@ def _described(source: Path, read: Callable[[], T]) -> T:
         raise InputError(f"{source} does not describe a DINOv2 model ({type(error).__name__}: {error})") from None
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
-    return {"file": str(file), "sha256": file_sha256(file)}
+def _fingerprint(files: list[Path], meta: bool) -> dict[str, Any]:
+    """Of weights in several files: the first, and the hash of all their hashes."""
+    hashes = [] if meta else [file_sha256(file) for file in files]
+    together = hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
+    return {"file": str(files[0])} | ({"sha256": together} if hashes else {})
 
 
 def _square(value: Any) -> int:

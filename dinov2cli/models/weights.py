@@ -6,7 +6,7 @@ in silence. Tensors are never copied unless they must be cut or joined.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -109,8 +109,12 @@ def heads_from_official(checkpoint: Mapping[str, Any]) -> dict[str, StateDict]:
     return heads
 
 
-def to_hf(state: Mapping[str, Tensor]) -> StateDict:
-    """Our names to the names transformers keeps on disk. A backbone without LayerScale gets gains of 1."""
+def to_hf(state: Mapping[str, Tensor], names: Container[str] | None = None) -> StateDict:
+    """Our names to the names transformers keeps on disk. A backbone without LayerScale gets gains of 1.
+
+    `names` are those of the whole backbone where `state` is a part of it.
+    """
+    names = state if names is None else names
     fixed = {ours: hf for hf, ours in _HF_FIXED.items()}
     layer = {ours: hf for hf, ours in _HF_LAYER.items()}
     result: StateDict = {}
@@ -125,7 +129,7 @@ def to_hf(state: Mapping[str, Tensor]) -> StateDict:
                 result[f"{prefix}{part}{suffix}"] = chunk
         else:
             result[f"{prefix}{layer.get(name, name)}{suffix}"] = value
-        if name == "norm1" and f"blocks.{match[1]}.ls1.gamma" not in state:
+        if name == "norm1" and f"blocks.{match[1]}.ls1.gamma" not in names:
             for scale in ("layer_scale1", "layer_scale2"):
                 result[f"{prefix}{scale}.lambda1"] = torch.ones_like(value)
     return result

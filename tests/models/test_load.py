@@ -68,7 +68,8 @@ def test_run_directory_gives_its_export(backbone, tmp_path):
     with Output.open(run, kind="run", command="dinov2 pretrain", config={}, seed=0, inputs=[]) as out:
         message = refusal(run)
         assert message == (
-            f"{run} is a run without an export yet: let it finish (run the same command again to continue it)"
+            f"{run} is a run without an export yet: let it finish (run the same command again to continue it), "
+            "or take the model out of a checkpoint with `dinov2 export`"
         )
         save_hf(backbone, run / "export", resize=73, crop=64)
         out.finish()

@@ -268,8 +268,9 @@ def _interpolation_note(backbone: VisionTransformer) -> str:
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """float32 CPU tensors that share no memory, as safetensors demands."""
-    return {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in state.items()}
+    """float32 CPU tensors that are no views of larger ones, as safetensors demands; copied only where they must be."""
+    plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
+    return {key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for key, t in plain.items()}
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -49,9 +49,3 @@ def test_the_processes_of_a_launch_share_the_gpus(monkeypatch):
     assert choose_device("cuda", local_rank=1) == torch.device("cuda:1") == choose_device("cuda:1", local_rank=0)
     assert choose_device("auto") == torch.device("cuda")
     assert choose_device("cpu", local_rank=1) == CPU
-
-
-def test_more_than_one_process_is_refused_not_ignored(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="found 2 processes from the launcher; this version trains in one"):
-        setup("cpu")

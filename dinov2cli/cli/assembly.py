@@ -71,11 +71,16 @@ def resolve_automatic(
     return type(config).model_validate(content), chosen
 
 
-def parallel_of(config: "PretrainConfig", planned: int | None = None) -> "Parallel":
-    """Meet the ranks of the launch as the settings say, or plan for so many of them."""
+def parallel_of(config: "PretrainConfig", *, dry_run: bool = False, planned: int | None = None) -> "Parallel":
+    """Meet the ranks of the launch as the settings say; for a dry run only plan for them, or for `planned` ones."""
+    import os
+
     from dinov2cli.train.parallel import setup
 
-    return setup(config.device, config.train.precision, **config.parallel.model_dump(), planned=planned)
+    if dry_run and planned is None:
+        planned = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = config.parallel.model_dump()
+    return setup(config.device, config.train.precision, **settings, planned=planned if dry_run else None)
 
 
 def assemble(
@@ -90,8 +95,6 @@ def assemble(
     c, loss = config, config.loss
     backbone, model_inputs = initial_backbone(c, source, look=fresh and not dry_run)
     model = build_ssl_model(backbone, **c.heads.model_dump(), centering=loss.centering, seed=c.seed)
-    if fresh and not dry_run:
-        parallel.same_start(model)
     recompute = c.train.activation_checkpointing or parallel.activation_checkpointing
     model.student.backbone.activation_checkpointing = recompute
     if c.train.compile:

@@ -42,6 +42,7 @@ def curate(
     workers: options.Workers = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    processes: options.Processes = None,
 ) -> None:
     """Choose the images worth training on.
 
@@ -54,6 +55,7 @@ def curate(
     - `dinov2 curate unique -o chosen --query flowers/ --set neighbours=32`
     - `dinov2 curate embeddings -o chosen --query landmarks/ --mode cluster`
     """
+    from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import CurateConfig
     from dinov2cli.recipe import load_config
@@ -67,6 +69,8 @@ def curate(
         "seed": seed,
     }
     settings = load_config(CurateConfig, recipe=config, sets=set_ or [], flags=flags)
+    if not dry_run:
+        relaunch(processes)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
     ranks = join(settings.device)
     data, *queries = ranks.first(lambda: [options.from_stdin(name) for name in (data, *(query or []))])

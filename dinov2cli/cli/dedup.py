@@ -44,6 +44,7 @@ def dedup(
     workers: options.Workers = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    processes: options.Processes = None,
 ) -> None:
     """Keep one image of every group of duplicates, and say for each other one why it went.
 
@@ -56,6 +57,7 @@ def dedup(
     - `dinov2 dedup embeddings -o unique --threshold 0.97 --against test_embeddings`
     - `dinov2 embed photos/ -m run -o e | dinov2 dedup - -o unique`
     """
+    from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import DedupConfig
     from dinov2cli.recipe import load_config
@@ -69,6 +71,8 @@ def dedup(
         "seed": seed,
     }
     settings = load_config(DedupConfig, recipe=config, sets=set_ or [], flags=flags)
+    if not dry_run:
+        relaunch(processes)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
     ranks = join(settings.device)
     data, against = ranks.first(lambda: (options.from_stdin(data), options.from_stdin(against) if against else None))

@@ -42,6 +42,7 @@ def embed(
     workers: options.Workers = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    processes: options.Processes = None,
 ) -> None:
     """Compute one feature vector per image.
 
@@ -54,6 +55,7 @@ def embed(
     - `dinov2 embed 'shards-{000..015}.tar' -m facebook/dinov2-small -o embeddings`
     - `dinov2 embed photos.parquet -m run -o embeddings --pool mean --json`
     """
+    from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import EmbedConfig
     from dinov2cli.recipe import load_config
@@ -69,6 +71,8 @@ def embed(
         "seed": seed,
     }
     settings = load_config(EmbedConfig, recipe=config, sets=set_ or [], flags=flags)
+    if not dry_run:
+        relaunch(processes)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
     ranks = join(settings.device)
     data = ranks.first(lambda: options.from_stdin(data))

@@ -46,11 +46,13 @@ def knn(
     workers: options.Workers = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    processes: options.Processes = None,
 ) -> None:
     """Classify by the weighted vote of the nearest training images: no training, no choices.
 
     Example: `dinov2 eval knn run --train photos/train?label=folder --test photos/val?label=folder -o knn`
     """
+    from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import KnnConfig
     from dinov2cli.recipe import load_config
@@ -63,6 +65,8 @@ def knn(
         "seed": seed,
     }
     settings = load_config(KnnConfig, recipe=config, sets=set_ or [], flags=flags)
+    if not dry_run:
+        relaunch(processes)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
     ranks = join(settings.device)
     model = ranks.first(lambda: options.from_stdin(model))
@@ -86,17 +90,21 @@ def linear(
     workers: options.Workers = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    processes: options.Processes = None,
 ) -> None:
     """Train linear classifiers on frozen features and judge the best, chosen on held-out training images.
 
     Example: `dinov2 eval linear run --train photos/train?label=folder --test photos/val?label=folder -o linear`
     """
+    from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import LinearConfig
     from dinov2cli.recipe import load_config
 
     flags = {"image_size": image_size, "workers": workers, "device": device, "seed": seed}
     settings = load_config(LinearConfig, recipe=config, sets=set_ or [], flags=flags)
+    if not dry_run:
+        relaunch(processes)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
     ranks = join(settings.device)
     model = ranks.first(lambda: options.from_stdin(model))

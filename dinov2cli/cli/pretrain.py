@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinov2cli.cli import options
+from dinov2cli.distributed import ALONE
 
 if TYPE_CHECKING:
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import PretrainConfig
     from dinov2cli.data.source import ImageSource
+    from dinov2cli.train.parallel import Parallel
 
 _BUDGET = "Length of the run: 100 epochs, 20000 images, 300 steps, 30m."
 
@@ -84,33 +86,26 @@ def train_run(
     planned: int | None = None,
 ) -> None:
     """Train one run directory from a resolved config; also what the demo calls. A dry run plans for `planned` ranks."""
-    from dinov2cli.artifacts.manifest import recorded_config
-    from dinov2cli.cli.assembly import assemble, batch_per_rank, identity_of, parallel_of, resolve_automatic
+    from dinov2cli.cli.assembly import parallel_of
     from dinov2cli.cli.frame import check_output, open_output, result_fields
     from dinov2cli.cli.watch import CONFIG_FILE, Follower, RunWatch, require_tensorboard
-    from dinov2cli.data.source import open_source
     from dinov2cli.recipe import to_yaml
-    from dinov2cli.train.checkpoint import steps_done
     from dinov2cli.train.loop import train
 
     if config.log.tensorboard:
         require_tensorboard()
-    parallel = parallel_of(config, planned if dry_run else None)
-    ranks = parallel.ranks
-    source = ranks.together(lambda: open_source(data)) if not dry_run else open_source(data)
-    before = None if overwrite else recorded_config(path)
-    config = batch_per_rank(config, ranks.world_size)
-    config, chosen = resolve_automatic(config, len(source), ranks.world_size, before)
-    start = 0 if overwrite else steps_done(path / "checkpoints")
-    parts = assemble(config, source, parallel, dry_run=dry_run, fresh=not start)
-    inputs = [source.fingerprint(), *parts.pop("model_inputs")]
-    identity = identity_of(config, ranks.world_size, before)
+    parallel = parallel_of(config, dry_run=dry_run, planned=planned)
+    ranks = parallel.ranks if not dry_run else ALONE
+    config, chosen, source, parts, start, place = ranks.together(
+        lambda: _prepare(data, path, config, parallel, dry_run=dry_run, overwrite=overwrite)
+    )
     if dry_run:
-        state = check_output(path, "run", config=identity, inputs=inputs, overwrite=overwrite)
+        state = check_output(path, "run", config=place["config"], inputs=place["inputs"], overwrite=overwrite)
         talk.plan(f"pretrain {data}", {**_plan(config, source, parts), **chosen, "output": f"{path} ({state})"})
         return
-    settings: dict[str, Any] = {"config": identity, "seed": config.seed, "inputs": inputs}
-    out = open_output(talk, path, "run", **settings, overwrite=overwrite, ranks=ranks)
+    if not start:
+        parallel.same_start(parts["model"])
+    out = open_output(talk, path, "run", **place, overwrite=overwrite, ranks=ranks)
     if out is None:
         return
     with out:
@@ -124,7 +119,8 @@ def train_run(
             result = train(path, **parts, **watch.callbacks(ranks))
         if result.teacher is None:  # the main process has the whole model, and writes it
             return
-        _export(result.teacher, path, config, source, result.step, result.images)
+        batch = config.data.batch_size * ranks.world_size
+        _export(result.teacher, path, config, source, result.step, result.images, batch)
         watch.write_report()
         manifest = out.finish(rows=result.images, steps=result.step, metrics=_finite(result.metrics))
     talk.say(
@@ -133,8 +129,29 @@ def train_run(
     talk.result(path, **result_fields(manifest))
 
 
+def _prepare(
+    data: str, path: Path, config: "PretrainConfig", parallel: "Parallel", *, dry_run: bool, overwrite: bool
+) -> tuple[Any, ...]:
+    """What one rank can do by itself: images, resolved settings with the reasons of what was chosen, the arguments of
+    `train`, the step to go on from, and what names the run in its manifest."""
+    from dinov2cli.artifacts.manifest import recorded_config
+    from dinov2cli.cli.assembly import assemble, batch_per_rank, identity_of, resolve_automatic
+    from dinov2cli.data.source import open_source
+    from dinov2cli.train.checkpoint import steps_done
+
+    source = open_source(data)
+    before = None if overwrite else recorded_config(path)
+    config = batch_per_rank(config, parallel.world_size)
+    config, chosen = resolve_automatic(config, len(source), parallel.world_size, before)
+    start = 0 if overwrite else steps_done(path / "checkpoints")
+    parts = assemble(config, source, parallel, dry_run=dry_run, fresh=not start)
+    inputs = [source.fingerprint(), *parts.pop("model_inputs")]
+    identity = identity_of(config, parallel.world_size, before)
+    return config, chosen, source, parts, start, {"config": identity, "seed": config.seed, "inputs": inputs}
+
+
 def _export(
-    backbone: Any, path: Path, config: "PretrainConfig", source: "ImageSource", steps: int, images: int
+    backbone: Any, path: Path, config: "PretrainConfig", source: "ImageSource", steps: int, images: int, batch: int
 ) -> None:
     from dinov2cli.cli.assembly import final_size, preprocess_of
     from dinov2cli.models.export import save_hf
@@ -142,7 +159,7 @@ def _export(
     size = final_size(config)
     card = (
         f"Trained by `dinov2 pretrain` for {steps:,} steps ({images:,} images) on `{source.spec}` "
-        f"({len(source):,} images), at {size} pixels with batch {config.data.batch_size}. "
+        f"({len(source):,} images), at {size} pixels with batch {batch}. "
         "These are the weights of the EMA teacher."
     )
     prepared = preprocess_of(config)

@@ -22,6 +22,12 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def launch_files() -> dict[str, Path]:
+    """Return the files that start runs over many processes, by name: accelerate/… configs and cluster/… scripts."""
+    found = [*RECIPES.glob("accelerate/*.yaml"), *RECIPES.glob("cluster/*.sh")]
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(found)}
+
+
 def recipe_path(name: str) -> Path:
     """Return the file of a recipe given by name or by path; UserError with the nearest names when there is none."""
     if name in recipe_names():

@@ -93,6 +93,18 @@ def test_readme_figures_are_those_of_the_files():
         assert f"{bench['speedup']:.1f}×" in text
 
 
+def test_readme_plan_is_what_the_dry_run_says(capsys):
+    """Its lines are those that do not depend on the machine."""
+    from dinov2cli.cli.main import run
+
+    (shown,) = [block for block in blocks("text") if "(dry run: nothing is written)" in block]
+    (line,) = re.findall(r"^dinov2 .*--dry-run$", (ROOT / "README.md").read_text(), flags=re.M)
+    words = shlex.split(line.replace("pretrain unique", "pretrain demo:photos?count=1000"))[1:]
+    assert run([*words, "--set", "train.precision=bf16"]) == 0
+    said = {" ".join(text.split()) for text in capsys.readouterr().err.splitlines()}
+    assert {" ".join(text.split()) for text in shown.splitlines()[1:]} <= said
+
+
 def test_half_hour_figures_are_those_of_the_file():
     figures = json.loads((ROOT / "benchmarks" / "half_hour.json").read_text())["runs"]
     text = (ROOT / "README.md").read_text()

@@ -13,12 +13,13 @@ Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A recipe's name 
 
 @app.command("ls")
 def ls(json_output: Json = False) -> None:
-    """List the recipes with what each is for."""
+    """List the recipes with what each is for, then what starts them on many GPUs."""
     import json
 
-    from dinov2cli.recipe import recipe_names, recipe_path
+    from dinov2cli.recipe import launch_files, recipe_names, recipe_path
 
-    found = {name: _purpose(recipe_path(name)) for name in recipe_names()}
+    files = {name: recipe_path(name) for name in recipe_names()} | launch_files()
+    found = {name: _purpose(path) for name, path in files.items()}
     if json_output:
         print(json.dumps(found))  # noqa: T201
         return
@@ -30,9 +31,7 @@ def ls(json_output: Json = False) -> None:
 @app.command("show")
 def show(name: Name) -> None:
     """Print a recipe."""
-    from dinov2cli.recipe import recipe_path
-
-    print(recipe_path(name).read_text(encoding="utf-8"), end="")  # noqa: T201
+    print(_file(name).read_text(encoding="utf-8"), end="")  # noqa: T201
 
 
 @app.command("cp")
@@ -40,11 +39,10 @@ def cp(name: Name, target: Annotated[Path, typer.Argument(metavar="FILE", help="
     """Copy a recipe to a file of your own, to change it there."""
     from dinov2cli.artifacts.output import write_aside
     from dinov2cli.errors import UserError
-    from dinov2cli.recipe import recipe_path
 
     if target.exists():
         raise UserError(f"{target} exists; choose another name, or delete it first")
-    text = recipe_path(name).read_text(encoding="utf-8")
+    text = _file(name).read_text(encoding="utf-8")
     write_aside(target, lambda path: _write(path, text))
     print(target)  # noqa: T201
 
@@ -60,9 +58,15 @@ def validate(name: Name, quiet: Quiet = False) -> None:
     Talk(quiet=quiet).say(f"{name}: valid")
 
 
+def _file(name: str) -> Path:
+    from dinov2cli.recipe import launch_files, recipe_path
+
+    return launch_files().get(name) or recipe_path(name)
+
+
 def _purpose(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.removeprefix("#").strip()
+    lines = path.read_text(encoding="utf-8").split("\n", 2)
+    return lines[1 if lines[0].startswith("#!") else 0].removeprefix("#").strip()
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The launch files: every accelerate config starts a run here, with fewer processes; the scripts start what they say."""
+"""The launch files: every accelerate config starts a run here, with fewer processes; scripts start what they say."""
 
 import os
 import subprocess

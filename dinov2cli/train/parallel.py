@@ -125,7 +125,7 @@ def setup(
     wanted = asked.precision if precision == "auto" and asked.precision else precision
     name, reason = choose_precision(wanted, chosen, training=True)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+        torch.cuda.set_device(chosen.index or 0)
         # Prototype logits stay outside 16-bit autocast (models/heads.py); TF32 keeps that matmul on the tensor cores.
         torch.set_float32_matmul_precision("high")
     return Parallel(

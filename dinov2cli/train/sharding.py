@@ -56,8 +56,10 @@ class Sharding:
 class Spread:
     """A model as it is trained: `student` is what to call for the student's pass."""
 
-    def __init__(self, model: SSLModel, student: nn.Module, blueprint: SSLModel | None) -> None:
-        self.model, self.student, self._blueprint = model, student, blueprint
+    def __init__(
+        self, model: SSLModel, student: nn.Module, device: torch.device, blueprint: SSLModel | None = None
+    ) -> None:
+        self.model, self.student, self._device, self._blueprint = model, student, device, blueprint
 
     def part(self, last: bool) -> AbstractContextManager:
         """Context of one part of a batch: gradients are reduced over the ranks with the `last` part only."""
@@ -87,7 +89,7 @@ class Spread:
         for name, tensor in full_tensors(teacher):
             if name in target:
                 target[name].copy_(tensor)
-        return None if whole is None else whole.to(teacher.cls_token.device).eval()
+        return None if whole is None else whole.to(self._device).eval()
 
 
 def spread(
@@ -106,9 +108,9 @@ def spread(
     if not sharding.sharded:
         model.to(device)
         if sharding.kind != "ddp":
-            return Spread(model, model.student, None)
+            return Spread(model, model.student, device)
         where = [device.index or 0] if device.type == "cuda" else None
-        return Spread(model, DistributedDataParallel(model.student, where, gradient_as_bucket_view=True), None)
+        return Spread(model, DistributedDataParallel(model.student, where, gradient_as_bucket_view=True), device)
     assert mesh is not None
     # True of every packed pass, whose outputs are parts of one tensor; nothing here writes to them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -120,7 +122,7 @@ def spread(
         if center is not None:
             center.to(device)
     check_sharded(model, mesh)
-    return Spread(model, model.student, blueprint)
+    return Spread(model, model.student, device, blueprint)
 
 
 def _shard(network: Network, sharding: Sharding, dtype: torch.dtype | None, mesh: DeviceMesh, *, trained: bool) -> None:

@@ -104,6 +104,7 @@ class Stepper:
         self.clipped = {name: list(part.parameters()) for name, part in model.student.named_children()}
         everyone = batch_size * parallel.world_size
         own = range(parallel.rank * batch_size, (parallel.rank + 1) * batch_size)
+        self._home = optimizer.param_groups[0]["params"][0].device
         self.own_crops = [crop * everyone + image for crop in range(2) for image in own]
 
     def __call__(
@@ -141,7 +142,8 @@ class Stepper:
         else:
             skipped = skipped | overflow
             # Fused AdamW leaves weights and moments alone where this is 1, without the host having to look.
-            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            # (Where weights are: with CPU offload that is not where the losses are.)
+            self.optimizer.found_inf = skipped.float().to(self._home)  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         ema_update(*self.averaged, values.momentum)

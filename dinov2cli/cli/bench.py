@@ -13,6 +13,7 @@ _BENCHES = {
     "knn": "the k-NN classifier beside scikit-learn's",
     "embed": "images per second from files to features, and the share of time spent waiting for images",
     "scaling": "memory, traffic and step time of the long recipes on 8 to 2,048 GPUs, modelled: nothing is timed",
+    "ranks": "training steps over 2 or more processes of this machine beside one, and their memory beside the model's",
 }
 _HELP = "; ".join(f"{name}: {what}" for name, what in _BENCHES.items())
 
@@ -22,6 +23,12 @@ def bench(
     reference: Annotated[
         bool, typer.Option("--reference", help="train: also time a textbook step on the same inputs, and compare.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", "-n", metavar="N", min=2, help="ranks: over N processes; default 2.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="NAME", help="ranks: fp32 (default), bf16, fp16 or auto.")
+    ] = None,
     json_output: options.Json = False,
     quiet: options.Quiet = False,
     device: options.Device = None,
@@ -41,6 +48,8 @@ def bench(
     module = importlib.import_module(f"dinov2cli.bench.{name}")
     if name == "scaling":
         extra["recipes"] = {recipe: _settings(recipe) for recipe in module.RECIPES}
+    if name == "ranks":
+        extra |= {"ranks": processes or 2, "precision": precision or "fp32"}
     figures = module.run(device=device or "auto", seed=seed or 0, **extra)
     if json_output:
         print(json.dumps({"name": name, **figures}))  # noqa: T201

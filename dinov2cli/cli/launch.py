@@ -6,22 +6,28 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import typer
-
 from dinov2cli.distributed import launched
 from dinov2cli.errors import Preempted
 
 _FLAGS = ("-n", "--processes")
 
 
+class Ended(Exception):
+    """The processes that were started have ended and said what there was to say: leave the program with `code`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def relaunch(processes: int | None) -> None:
-    """Run this command line in `processes` processes and leave the program with their exit code.
+    """Run this command line in `processes` processes and raise Ended with their exit code.
 
     Returns where there is nothing to start: one process, or this is one of several already.
     """
     if processes is None or processes == 1 or launched():
         return
-    raise typer.Exit(start(without_processes(sys.argv[1:]), processes))
+    raise Ended(start(without_processes(sys.argv[1:]), processes))
 
 
 def without_processes(arguments: Sequence[str]) -> list[str]:
@@ -86,4 +92,6 @@ def _quiet() -> None:
     """Silence the launcher's own reports: the process that failed has said why, in one line."""
     import logging
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)

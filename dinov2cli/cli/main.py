@@ -12,6 +12,7 @@ import typer
 
 from dinov2cli import __version__
 from dinov2cli.cli import bench, curate, dedup, demo, embed, evaluate, export, info, pretrain, recipes
+from dinov2cli.cli.launch import Ended
 from dinov2cli.distributed import launched, leave, met, report_failure
 from dinov2cli.errors import DinoError, Preempted, WorkError
 
@@ -89,12 +90,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stop.__context__, BrokenPipeError):
             return _reader_gone()
         if stop.code == 130:
-            return _fail(_INTERRUPTED, 130)
+            return _fail(_INTERRUPTED, 130, met_by=0)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except Ended as ended:
+        return ended.code
     except DinoError as error:
         return _fail(str(error), error.exit_code, met_by=error.rank)
     except KeyboardInterrupt:
-        return _fail(_INTERRUPTED, 130)
+        return _fail(_INTERRUPTED, 130, met_by=0)
     except BrokenPipeError:
         return _reader_gone()
     except Exception as error:

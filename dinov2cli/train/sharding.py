@@ -128,8 +128,8 @@ def spread(
 def _shard(network: Network, sharding: Sharding, dtype: torch.dtype | None, mesh: DeviceMesh, *, trained: bool) -> None:
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if sharding.offload else OffloadPolicy()
     # Inputs keep their type: the residual stream is float32 under autocast in one process, and so it is here.
-    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False)
-    full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False)
+    for_others = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     ranks = mesh.size(mesh.ndim - 1)
 
     def placement(parameter: nn.Parameter) -> Shard | None:
@@ -148,13 +148,13 @@ def _shard(network: Network, sharding: Sharding, dtype: torch.dtype | None, mesh
         )
 
     for block in network.backbone.blocks:
-        wrap(block, half)
+        wrap(block, for_blocks)
     for head in (network.dino_head, network.ibot_head):
         if head is not None:
             # The student's heads are the last of the forward and the first of the backward pass.
-            wrap(head, full, again=not trained)
-    wrap(network.backbone, full)
-    wrap(network, full)
+            wrap(head, for_others, again=not trained)
+    wrap(network.backbone, for_others)
+    wrap(network, for_others)
     register_fsdp_forward_method(network.backbone, "forward_crops")
     register_fsdp_forward_method(network, "class_and_patches")
 

@@ -31,12 +31,13 @@ from dinov2cli.train.step import Settings
 SEED = 3
 
 
-def model(centering: str = "sinkhorn") -> SSLModel:
+def model(centering: str = "sinkhorn", *, drop_path: float = 0.3, untied: bool = True) -> SSLModel:
     """A backbone of width 64 with heads of 96 prototypes, drawn from SEED."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
     generator = torch.Generator().manual_seed(SEED)
-    backbone = VisionTransformer(**sizes, layerscale=0.5, drop_path=0.3, generator=generator)
-    return build_ssl_model(backbone, prototypes=96, hidden=64, bottleneck=32, centering=centering, seed=SEED)
+    backbone = VisionTransformer(**sizes, layerscale=0.5, drop_path=drop_path, generator=generator)
+    sizes = {"prototypes": 96, "hidden": 64, "bottleneck": 32, "untied": untied}
+    return build_ssl_model(backbone, **sizes, centering=centering, seed=SEED)
 
 
 def phase(parallel: Parallel, batch: int, steps: int, *, size: int = 32, seed: int = SEED) -> Phase:
@@ -62,7 +63,7 @@ def run(folder: Path, asked: dict[str, Any]) -> None:
     objective = Objective(koleo_weight=1.0, koleo_scope=asked.get("koleo_scope", "global"))
     first = phase(parallel, asked["batch"], asked["steps"])
     second = [phase(parallel, asked["batch"], n, size=48, seed=SEED + 1) for n in asked.get("second", [])]
-    network = model(asked.get("centering", "sinkhorn"))
+    network = model(asked.get("centering", "sinkhorn"), **asked.get("model", {}))
     network.student.backbone.activation_checkpointing = asked.get("recompute", False)
     rank, at = asked.get("stop", (None, None))  # this rank alone is told to stop, in the middle of this step
 

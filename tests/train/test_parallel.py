@@ -76,9 +76,7 @@ def test_a_plan_needs_no_launch(environment):
     plan = setup("cpu", sharding="hybrid", planned=32)
     assert (plan.world_size, plan.sharding.shard_ranks, plan.group, plan.mesh) == (32, 8, None, None)
     assert setup("cpu", planned=32).sharding.kind == "ddp"
-    with pytest.raises(
-        UserError, match="over 5 ranks each: found 32 ranks in all, expected a multiple"
-    ):
+    with pytest.raises(UserError, match="over 5 ranks each: found 32 ranks in all, expected a multiple"):
         setup("cpu", sharding="hybrid", shard_ranks=5, planned=32)
 
 

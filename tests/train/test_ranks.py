@@ -33,13 +33,18 @@ def runs(tmp_path_factory) -> Path:
     root: Path = tmp_path_factory.mktemp("ranks")
     half = {"precision": "bf16", "steps": 6}
     parts = {"settings": {"accumulate": 2}, "steps": 6}
-    start(root, 1, {"one": {}, "one_phases": PHASES, "one_half": half, "one_sharded": {"setup": FSDP}})
+    # One head, and so few samples kept that some rank has none of a block's.
+    sparse = {"model": {"drop_path": 0.95, "untied": False}, "steps": 4}
+    alone = {"one": {}, "one_phases": PHASES, "one_half": half, "one_sharded": {"setup": FSDP}, "one_sparse": sparse}
+    start(root, 1, alone)
     jobs = {
         "ddp": {},
         "fsdp": {"setup": FSDP, "train": {"save_in_background": True, "checkpoint_every": 7}},
         "fsdp_phases": PHASES | {"setup": FSDP},
         "fsdp_half": half | {"setup": FSDP},
         "fsdp_recompute": {"setup": FSDP | {"offload": True}, "recompute": True},
+        "ddp_sparse": sparse,
+        "fsdp_sparse": sparse | {"setup": FSDP},
         "ddp_parts": parts,
         "fsdp_parts": parts | {"setup": FSDP},
         "by_rank": {"koleo_scope": "rank", "settings": {"depth_scope": "rank"}},
@@ -93,6 +98,11 @@ def test_gradients_are_reduced_once_for_all_parts_of_a_batch(runs):
 
 def test_bf16_stays_within_its_rounding(runs):
     assert furthest(runs, "fsdp_half", "one_half", ("loss/dino", "loss/ibot")) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["ddp_sparse", "fsdp_sparse"])
+def test_a_rank_without_a_single_sample_of_a_block_takes_part(runs, name):
+    assert furthest(runs, name, "one_sparse", ("loss/", "grad_norm")) < 1e-4
 
 
 def test_one_rank_shards_too(runs):

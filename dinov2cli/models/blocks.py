@@ -38,11 +38,12 @@ class Share(NamedTuple):
     world_size: int
     images: int
 
-    def own(self, samples: Tensor) -> Tensor:
-        """Of some samples of the whole batch (int64) those that are here, numbered as they are here."""
-        crop, image = samples // (self.images * self.world_size), samples % (self.images * self.world_size)
-        here = image // self.images == self.rank
-        return crop[here] * self.images + image[here] - self.rank * self.images
+    def places(self, samples: int) -> Tensor:
+        """For every sample of the whole batch (int64 [samples]) its number here, -1 for those of other processes."""
+        places = torch.full((samples,), -1).view(-1, self.world_size, self.images)
+        own = places[:, self.rank]
+        own.copy_(torch.arange(own.numel()).view_as(own))
+        return places.flatten()
 
 
 def swiglu_hidden(embed_dim: int, mlp_ratio: float) -> int:
@@ -261,8 +262,17 @@ def draw_kept(
     """
     sizes = [b if share is None else b * share.world_size for b, _ in groups]
     counts = [[max(int(b * (1 - rate) + 1e-9), 1) for b in sizes] for rate in rates]
+    places = {} if share is None else {b: share.places(b) for b in sizes}
+
+    def draw(samples: int, count: int) -> Tensor:
+        kept = torch.randperm(samples, generator=generator, device=generator.device)[:count]
+        if share is None:
+            return kept
+        here = places[samples][kept]
+        return here[here >= 0]
+
     drawn = [
-        torch.randperm(b, generator=generator, device=generator.device)[:count]
+        draw(b, count)
         for rate, row in zip(rates, counts, strict=True)
         if rate > 0
         for _branch in range(2)
@@ -270,8 +280,6 @@ def draw_kept(
     ]
     if not drawn:
         return [None] * len(rates)
-    if share is not None:
-        drawn = [share.own(index) for index in drawn]
     pieces = iter(torch.cat(drawn).to(device, non_blocking=True).split([len(index) for index in drawn]))
     return [
         Kept(

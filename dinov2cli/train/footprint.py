@@ -1,5 +1,7 @@
 """Memory and traffic of a run in words and numbers, for the plan that `--dry-run` prints."""
 
+from dataclasses import replace
+
 from dinov2cli.train.memory import memory
 from dinov2cli.train.sizes import Batch, Layout, NetworkSizes
 from dinov2cli.train.traffic import KINDS, traffic
@@ -10,8 +12,11 @@ def footprint(
 ) -> dict[str, float]:
     """Flat facts of one rank: memory in GiB with its parts, and MiB sent per step (nothing where nothing is sent)."""
     parts = memory(network, batch, layout)
-    facts = {"memory per rank (GiB, modelled)": round(parts.pop("total") / 2**30, 2)}
-    facts |= {f"memory of {name} (GiB)": round(size / 2**30, 2) for name, size in parts.items() if size >= 2**30 / 200}
+    facts = {"memory per rank (GiB, modelled)": _gib(parts.pop("total"))}
+    facts |= {f"memory of {name} (GiB)": _gib(size) for name, size in parts.items() if size >= 2**30 / 200}
+    other = replace(batch, checkpointing=not batch.checkpointing)
+    word = "with" if other.checkpointing else "without"
+    facts[f"memory per rank {word} activation checkpointing (GiB)"] = _gib(memory(network, other, layout)["total"])
     if layout.ranks == 1:
         return facts
     sent = traffic(network, batch, layout, iterations=iterations, koleo_global=koleo_global)
@@ -23,3 +28,7 @@ def footprint(
 
 def _mib(size: float) -> float:
     return round(size / 2**20, 1)
+
+
+def _gib(size: float) -> float:
+    return round(size / 2**30, 2)

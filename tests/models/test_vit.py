@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2cli.errors import UserError
-from dinov2cli.models.blocks import add_residual, attend, draw_kept, swiglu_hidden
+from dinov2cli.models.blocks import Share, add_residual, attend, draw_kept, swiglu_hidden
 
 
 def reference(model, images, masks=None):
@@ -293,3 +293,18 @@ def test_short_16_bit_attention_on_a_cpu_equals_the_fused_kernel(tokens):
     out.backward(g.bfloat16())
     for ours, theirs in zip([out, *(x.grad for x in half)], [expected, *(x.grad for x in exact)], strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+def test_processes_that_draw_alike_keep_together_what_one_keeps():
+    """Three crops of each of 4 x 2 images, crop after crop: every process finds its own among those of the whole."""
+    images, ranks, crops = 2, 4, 3
+    (whole,) = draw_kept([(crops * images * ranks, 5)], [0.4], torch.Generator().manual_seed(1), torch.device("cpu"))
+    found = []
+    for rank in range(ranks):
+        share = Share(rank, ranks, images)
+        generator = torch.Generator().manual_seed(1)
+        (kept,) = draw_kept([(crops * images, 5)], [0.4], generator, torch.device("cpu"), share)
+        assert kept.scale == whole.scale == [24 / 14]
+        crop, image = kept.attention[0] // images, kept.attention[0] % images
+        found += (crop * images * ranks + rank * images + image).tolist()
+    assert sorted(found) == sorted(whole.attention[0].tolist())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -38,12 +39,11 @@ class Share(NamedTuple):
     world_size: int
     images: int
 
-    def places(self, samples: int) -> Tensor:
+    def places(self, samples: int) -> np.ndarray:
         """For every sample of the whole batch (int64 [samples]) its number here, -1 for those of other processes."""
-        places = torch.full((samples,), -1).view(-1, self.world_size, self.images)
-        own = places[:, self.rank]
-        own.copy_(torch.arange(own.numel()).view_as(own))
-        return places.flatten()
+        places = np.full((samples // (self.world_size * self.images), self.world_size, self.images), -1)
+        places[:, self.rank] = np.arange(len(places) * self.images).reshape(-1, self.images)
+        return places.ravel()
 
 
 def swiglu_hidden(embed_dim: int, mlp_ratio: float) -> int:
@@ -268,8 +268,9 @@ def draw_kept(
         kept = torch.randperm(samples, generator=generator, device=generator.device)[:count]
         if share is None:
             return kept
-        here = places[samples][kept]
-        return here[here >= 0]
+        # NumPy: torch would wake all its threads for each of these, hundreds of times a step.
+        here = places[samples][kept.numpy()]
+        return torch.from_numpy(here[here >= 0])
 
     drawn = [
         draw(b, count)

@@ -59,3 +59,11 @@ def test_what_fits_nowhere_says_so():
     assert [row["parts"] for row in small["rows"]] == [None, None, None]
     assert "too much" in tables(small)["vitg14-long: memory per GPU (GiB)"]
     assert small["limits"][0]["fits_from"] is None
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipes_quote_the_file(recipe):
+    (row,) = [r for r in KEPT["rows"] if (r["recipe"], r["gpus"], r["sharding"]) == (recipe, 128, "hybrid")]
+    header = (ROOT / "recipes" / f"{recipe}.yaml").read_text().split("model:")[0]
+    assert f"hybrid: {row['memory']['total'] / 2**30:.1f} GiB each" in header
+    assert f"{row['traffic']['total']['total'] / 2**20:,.0f} MiB sent" in header

@@ -159,6 +159,7 @@ class HeadsSection(Section):
 
     prototypes: Count | Auto = 65536
     ibot_prototypes: Count | None = None
+    ibot_bottleneck: Count | None = None
     hidden: Count = 2048
     bottleneck: Count = 256
     layers: Count = 3

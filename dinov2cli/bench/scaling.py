@@ -93,18 +93,17 @@ def model_of(settings: Mapping[str, Any]) -> Model:
     )
     patches = (crops["global_size"] // backbone.patch_size) ** 2
     masked = GLOBAL_CROPS * patches * masks["probability"] * (masks["ratio_min"] + masks["ratio_max"]) / 2
-    numbers: dict[str, Any] = {name: heads[name] for name in ("hidden", "bottleneck", "layers")}
-    flops = step_flops(
-        backbone, prototypes=heads["prototypes"], **numbers, **crops, masked=masked, drop_path=own["drop_path"]
-    )
-    return Model(_sizes(backbone, heads, numbers), crops, masked, flops)
+    numbers = {name: size for name, size in heads.items() if name not in ("untied", "freeze_gain")}
+    flops = step_flops(backbone, **numbers, **crops, masked=masked, drop_path=own["drop_path"])
+    return Model(_sizes(backbone, heads), crops, masked, flops)
 
 
-def _sizes(backbone: VisionTransformer, heads: Mapping[str, Any], numbers: dict[str, Any]) -> NetworkSizes:
+def _sizes(backbone: VisionTransformer, heads: Mapping[str, Any]) -> NetworkSizes:
+    common = {name: heads[name] for name in ("prototypes", "hidden", "bottleneck", "layers")}
+    own = {name: heads[f"ibot_{name}"] or heads[name] for name in ("prototypes", "bottleneck")}
     with torch.device("meta"):
-        dino = ProjectionHead(backbone.embed_dim, heads["prototypes"], **numbers)
-        prototypes = heads["ibot_prototypes"] or heads["prototypes"]
-        ibot = ProjectionHead(backbone.embed_dim, prototypes, **numbers) if heads["untied"] else None
+        dino = ProjectionHead(backbone.embed_dim, **common)
+        ibot = ProjectionHead(backbone.embed_dim, **(common | own)) if heads["untied"] else None
     return sizes_of(backbone, dino, ibot)
 
 

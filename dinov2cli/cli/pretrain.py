@@ -174,7 +174,7 @@ def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]
     c, student = config, parts["model"].student
     counts = {name: sum(p.numel() for p in child.parameters()) for name, child in student.named_children()}
     patches = (c.crops.global_size // student.backbone.patch_size) ** 2
-    heads = c.heads.model_dump(include={"prototypes", "hidden", "bottleneck", "layers"})
+    heads = c.heads.model_dump(exclude={"untied", "freeze_gain"})
     crops = c.crops.model_dump(include={"global_size", "local_size", "local_number"})
     masked = 2 * patches * c.masks.probability * (c.masks.ratio_min + c.masks.ratio_max) / 2
     flops = step_flops(student.backbone, **heads, **crops, masked=masked, drop_path=c.model.drop_path)["total"]

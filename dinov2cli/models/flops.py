@@ -37,6 +37,8 @@ def step_flops(
     hidden: int = 2048,
     bottleneck: int = 256,
     layers: int = 3,
+    ibot_prototypes: int | None = None,
+    ibot_bottleneck: int | None = None,
     global_size: int,
     local_size: int,
     local_number: int,
@@ -47,14 +49,16 @@ def step_flops(
 
     `masked` is the mean number of masked patches of both global crops together. The student runs forward and backward
     (three forward passes' worth) on the share 1 - `drop_path` of its branches, the teacher forward on the global crops.
+    The iBOT head is like DINO's but for what `ibot_…` say.
     Keys: teacher, student, heads, total.
     """
     big, small = backbone_flops(backbone, global_size), backbone_flops(backbone, local_size)
-    head = head_flops(backbone.embed_dim, prototypes, hidden, bottleneck, layers)
+    dino = head_flops(backbone.embed_dim, prototypes, hidden, bottleneck, layers)
+    ibot = head_flops(backbone.embed_dim, ibot_prototypes or prototypes, hidden, ibot_bottleneck or bottleneck, layers)
     parts: dict[str, float] = {
         "teacher": 2 * big,
         "student": 3 * (2 * big + local_number * small) * (1 - drop_path),
-        "heads": (3 * (2 + local_number + masked) + 2 + masked) * head,
+        "heads": (3 * (2 + local_number) + 2) * dino + 4 * masked * ibot,
     }
     return parts | {"total": sum(parts.values())}
 

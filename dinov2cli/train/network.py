@@ -87,14 +87,15 @@ def build_ssl_model(
     layers: int = 3,
     untied: bool = True,
     ibot_prototypes: int | None = None,
+    ibot_bottleneck: int | None = None,
     freeze_gain: bool = False,
     centering: str = "sinkhorn",
     seed: int = 0,
 ) -> SSLModel:
     """Student and teacher around `backbone`, which becomes the student's (the teacher starts as its copy).
 
-    Heads are drawn from `seed` alone. `untied` gives iBOT a head of its own with `ibot_prototypes` (default: as many
-    as DINO's). Raises UserError for an unknown centring or head sizes below 1.
+    Heads are drawn from `seed` alone. `untied` gives iBOT a head of its own, like DINO's but for what `ibot_…` say.
+    Raises UserError for an unknown centring or head sizes below 1.
     """
     sizes = {"prototypes": prototypes, "hidden": hidden, "bottleneck": bottleneck, "layers": layers}
     for name, size in sizes.items():
@@ -102,7 +103,7 @@ def build_ssl_model(
             raise UserError(f"heads.{name}: found {size}; expected at least 1")
     generator = torch.Generator().manual_seed(seed)
 
-    def head(size: int) -> ProjectionHead:
+    def head(size: int, bottleneck: int) -> ProjectionHead:
         return ProjectionHead(
             backbone.embed_dim,
             size,
@@ -113,6 +114,6 @@ def build_ssl_model(
             generator=generator,
         )
 
-    dino_head = head(prototypes)
-    ibot_head = head(ibot_prototypes or prototypes) if untied else None
+    dino_head = head(prototypes, bottleneck)
+    ibot_head = head(ibot_prototypes or prototypes, ibot_bottleneck or bottleneck) if untied else None
     return SSLModel(Network(backbone, dino_head, ibot_head), centering=centering)

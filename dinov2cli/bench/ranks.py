@@ -42,7 +42,7 @@ def run(
     ranks: int = 2,
     precision: str = "fp32",
     warmup: int = 2,
-    steps: int = 6,
+    steps: int = 4,
     case: Case | None = None,
     settings: tuple[str, ...] = tuple(SETTINGS),
 ) -> dict[str, Any]:

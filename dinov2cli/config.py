@@ -34,7 +34,8 @@ class CommonConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Return the resolved settings that shape the result, as plain JSON values."""
         never = dict.fromkeys(("workers", "device", "log", "checkpoint", "parallel", "max_bad_fraction"), True)
-        savers = {"activation_checkpointing", "max_bad_steps"}  # the first is exact, the second only ends a run
+        # The first is exact, the second only ends a run, the third may change where a run goes on (it says so).
+        savers = {"activation_checkpointing", "max_bad_steps", "precision"}
         rest = {"data": {"max_bad_fraction", "global_batch_size"}, "train": savers}
         return self.model_dump(mode="json", exclude={**never, **rest})
 
@@ -257,7 +258,8 @@ class PhaseSection(Section):
     """A further stretch of the run after `train`'s own, as the paper's last one at high resolution.
 
     Its length is `steps` or `budget`; sizes and batch left out stay as before. Every schedule of the run is repeated,
-    compressed to this length, the learning rate times `lr_scale`.
+    compressed to this length, the learning rate times `lr_scale`. `batch_size` counts the images of a rank or, where
+    data.global_batch_size is given, of all.
     """
 
     steps: Count | None = None

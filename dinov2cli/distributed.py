@@ -6,10 +6,12 @@ torch and accelerate are imported only where a launch is found.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +25,12 @@ R = TypeVar("R")
 _PATIENCE = timedelta(days=1)
 """How long the ranks of a command wait for the main process, which may train a probe for hours. A rank that dies closes
 its connections and is noticed at once."""
+
+_GPU_PATIENCE = timedelta(minutes=5)
+
+
+class LostRank(WorkError):
+    """Another rank of the launch has gone."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def gather(self, own: Iterable[R], total: int) -> Iterator[Iterator[R]]:
-        """For a `with` block: `merge` for the main process only, which may write what comes while the others compute.
+        """For a `with` block: `merge` for the main process only, which may write what comes; the others wait for it at
+        their next result.
 
         Every rank must exhaust the iterator and leave the block. What the block raises, on any rank, is raised by all.
         """
@@ -99,6 +108,19 @@ class Ranks:
     def together(self, work: Callable[[], T]) -> T:
         """`work()` of this rank; where one rank raises, all raise the same. For what may fail on some ranks only."""
         return self._exchange(work, main_only=False, keep=True)[0] if self.world_size > 1 else work()
+
+    def same(self, value: Any, what: str) -> None:
+        """Raise UserError, by all, unless every rank brings an equal JSON-able `value`; `what` names it."""
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        found = self._exchange(lambda: digest, main_only=False)
+        odd = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+        if odd:
+            error = UserError(
+                f"ranks {', '.join(map(str, odd))} of {self.world_size} found other {what} than rank 0; "
+                "all machines must see the same files and be given the same command"
+            )
+            error.rank = 0
+            raise error
 
     def wait(self) -> None:
         """Return when every rank has come here."""
@@ -196,7 +218,12 @@ def process_group(*, cpu: bool, patience: timedelta) -> Any:
 
     try:
         # Without cpu=True every process of a machine without GPUs would think that it is alone.
-        return PartialState(cpu=cpu, backend="gloo" if cpu else "cuda:nccl,cpu:gloo", timeout=patience)
+        if cpu:
+            return PartialState(cpu=True, backend="gloo", timeout=patience)
+        # Host groups have patience of their own; a GPU that waits longer than this waits for a rank that is gone.
+        return PartialState(backend="cuda:nccl,cpu:gloo", timeout=min(patience, _GPU_PATIENCE))
+    except NotImplementedError:  # accelerate's, of a driver; a RuntimeError too
+        raise
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR', 'no MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'no MASTER_PORT')}"
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -206,19 +233,24 @@ def process_group(*, cpu: bool, patience: timedelta) -> Any:
         ) from error
 
 
-_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed? ?out|socket", re.IGNORECASE)
+_LOST = re.compile(
+    r"connection (closed|reset|refused|was)|broken pipe|timed? ?out|socket|remote (error|process|rank|worker)|aborted",
+    re.IGNORECASE,
+)
 
 
 @contextlib.contextmanager
 def noticing_lost_ranks(ranks: Ranks) -> Iterator[None]:
-    """Raise WorkError, which says so, for an exchange inside that failed because another rank has gone."""
+    """Raise LostRank, which says so, for an exchange inside that failed because another rank has gone."""
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL have no class of their own that both use
         if ranks.world_size == 1 or not _LOST.search(str(error)):
             raise
-        cause = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).splitlines()[0].split(". ")[0]
-        raise WorkError(
+        lines = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).splitlines()
+        told = next((line for line in lines if line.startswith("Last error")), None)  # NCCL's own words come last
+        cause = f"{told} {lines[-1]}" if told else lines[0].split(". ")[0]
+        raise LostRank(
             f"rank {ranks.rank} of {ranks.world_size} has lost another rank ({cause}), so all stop; the rank that "
             "failed first says why; the same command continues from what is saved"
         ) from error
@@ -236,7 +268,8 @@ def report_failure(text: str) -> None:
     """Leave a line for the launcher, which shows it in its summary of what failed (torchelastic's error file)."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as handle:
-            json.dump({"message": text}, handle)
+            # The launcher takes the earliest failure for the cause of all.
+            json.dump({"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}, handle)
 
 
 def _attempt(work: Callable[[], Any] | None) -> tuple[Any, DinoError | None]:

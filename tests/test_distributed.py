@@ -130,7 +130,7 @@ def test_a_rank_that_dies_is_noticed_by_the_others(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "2.json"]
     for rank in (0, 2):
         kind, text, _ = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert kind == "WorkError"
+        assert kind == "LostRank"
         assert text.startswith(f"rank {rank} of 3 has lost another rank")
 
 

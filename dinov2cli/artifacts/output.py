@@ -277,6 +277,10 @@ def _take_lock(path: Path) -> Any:
         raise UserError(
             f"-o {path} is being written by another dinov2 process; wait for it or choose another place"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        # A file system without locks, as some of clusters are: whoever runs two commands at once there must know.
     return handle
 
 

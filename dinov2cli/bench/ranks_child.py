@@ -80,8 +80,8 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def rehearse(case: Case, job: Job, parallel: Parallel, batch: dict[str, Tensor]) -> None:
-    """Two steps of a network of next to no weights: FSDP2 loads 190 MB of code when it is first used, and all their
-    thread pools and buffers; neither is the model's memory."""
+    """Two steps of a network of next to no weights: FSDP2 loads about 80 MiB of code when it is first used, and all
+    make thread pools and buffers; neither is the model's memory."""
     model = build_model(case, job.checkpointing, embed_dim=64, num_heads=1, depth=2, prototypes=64, hidden=64)
     _time(stepper_of(model, case, parallel), batch, 2, case.seed)
     if parallel.device.type == "cuda":

@@ -19,12 +19,24 @@ def batch_per_rank(config: "PretrainConfig", world_size: int) -> "PretrainConfig
     total = config.data.global_batch_size
     if total is None:
         return config
-    if total % world_size:
-        raise UserError(
-            f"data.global_batch_size: found {total} images for {world_size} ranks, expected a multiple of {world_size}"
-        )
+    batches = {"data.global_batch_size": total}
+    batches |= {f"phases[{i}].batch_size": p.batch_size for i, p in enumerate(config.phases) if p.batch_size}
+    for name, batch in batches.items():
+        if batch % world_size:
+            raise UserError(f"{name}: found {batch} images for {world_size} ranks, expected a multiple of {world_size}")
     content = config.model_dump()
     content["data"] |= {"batch_size": total // world_size, "global_batch_size": None}
+    for phase in content["phases"]:
+        phase["batch_size"] = phase["batch_size"] and phase["batch_size"] // world_size
+    return type(config).model_validate(content)
+
+
+def with_batch_of_all(config: "PretrainConfig", world_size: int) -> "PretrainConfig":
+    """The opposite of `batch_per_rank`: settings that mean the same over any number of ranks, for config.yaml."""
+    content = config.model_dump()
+    content["data"] |= {"global_batch_size": config.data.batch_size * world_size}
+    for phase in content["phases"]:
+        phase["batch_size"] = phase["batch_size"] and phase["batch_size"] * world_size
     return type(config).model_validate(content)
 
 
@@ -40,7 +52,7 @@ def identity_of(config: "PretrainConfig", world_size: int, before: dict[str, Any
         batch, ranks = data["batch_size"], data.get("ranks", 1)
         if batch == config.data.batch_size or batch * ranks == config.data.batch_size * world_size:
             identity["data"] |= {"batch_size": batch, "ranks": ranks}
-    if world_size == 1 and identity["data"]["ranks"] == 1:
+    if identity["data"]["ranks"] == 1:
         del identity["data"]["ranks"]
     return identity
 

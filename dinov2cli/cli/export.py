@@ -57,8 +57,11 @@ def export(
     - `dinov2 export run -o weights.pth --format official`
     """
     from dinov2cli.cli.talk import Talk
+    from dinov2cli.distributed import launched
     from dinov2cli.errors import UserError
 
+    if launched():
+        raise UserError("export needs one process and no GPU: start it without a launcher")
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
     for name, value, known in (("format", format_, FORMATS), ("part", part, ("teacher", "student"))):
         if value not in known:

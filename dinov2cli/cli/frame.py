@@ -17,14 +17,10 @@ def command_line() -> str:
 
 
 def workers_for(asked: int | None) -> int:
-    """Return the number of decoding processes: as asked, else one per spare core, shared with the ranks beside this."""
-    import os
-
+    """Return the number of decoding processes: as asked, else one per spare core."""
     from dinov2cli.data.workers import default_workers
 
-    if asked is not None:
-        return asked
-    return max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return default_workers() if asked is None else asked
 
 
 def open_output(

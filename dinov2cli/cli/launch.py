@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinov2cli.distributed import launched
-from dinov2cli.errors import Preempted
+from dinov2cli.errors import Preempted, UserError
 
 _FLAGS = ("-n", "--processes")
 
@@ -25,6 +25,8 @@ def relaunch(processes: int | None) -> None:
 
     Returns where there is nothing to start: one process, or this is one of several already.
     """
+    if launched() and processes is not None and processes != (found := int(os.environ["WORLD_SIZE"])):
+        raise UserError(f"-n {processes} inside a launch of {found} processes; expected one of the two: leave out -n")
     if processes is None or processes == 1 or launched():
         return
     raise Ended(start(without_processes(sys.argv[1:]), processes))
@@ -54,7 +56,8 @@ def start(arguments: Sequence[str], processes: int) -> int:
 
     _quiet()
     # torchrun would give each process one thread; where there is no GPU they are what computes.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     # How long ranks have to save after a signal; also how long those that hang after another died stay.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "45")
     config = LaunchConfig(
@@ -64,6 +67,7 @@ def start(arguments: Sequence[str], processes: int) -> int:
         run_id=f"dinov2-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",  # the machine's own name may not be one that can be looked up
         max_restarts=0,
         monitor_interval=0.1,
     )

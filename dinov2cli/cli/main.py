@@ -13,7 +13,7 @@ import typer
 from dinov2cli import __version__
 from dinov2cli.cli import bench, curate, dedup, demo, embed, evaluate, export, info, pretrain, recipes
 from dinov2cli.cli.launch import Ended
-from dinov2cli.distributed import launched, leave, met, report_failure
+from dinov2cli.distributed import LostRank, launched, leave, met, report_failure
 from dinov2cli.errors import DinoError, Preempted, WorkError
 
 _EPILOG = "Start with `dinov2 demo`, then `dinov2 pretrain PHOTOS -o RUN`. Every command explains itself with --help."
@@ -64,7 +64,7 @@ app.command("bench", rich_help_panel=_LOOK)(bench.bench)
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit: 0 done, 1 failed, 2 usage or config, 3 input, 75 preempted, 130 Ctrl-C."""
     code = run(arguments)
-    if not launched():
+    if not (launched() or met()):
         sys.exit(code)
     if code == 0:
         leave()
@@ -94,7 +94,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except Ended as ended:
         return ended.code
+    except LostRank as error:
+        code = _fail(str(error), error.exit_code)
+        _let_others_leave()
+        return code
     except DinoError as error:
+        if os.environ.get("DINOV2_DEBUG") and error.__cause__ is not None:
+            traceback.print_exc()
         return _fail(str(error), error.exit_code, met_by=error.rank)
     except KeyboardInterrupt:
         return _fail(_INTERRUPTED, 130, met_by=0)
@@ -109,6 +115,12 @@ def _reader_gone() -> int:
     """Whoever read our stdout has enough, as in `| head -1`: nothing failed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _let_others_leave() -> None:
+    """The launcher ends all ranks as soon as one has gone, and takes its code: let it be the one that says why."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_LET_SPEAK)
 
 
 def _unexpected(error: Exception) -> int:
@@ -128,10 +140,8 @@ def _fail(text: str, code: int, met_by: int | None = None) -> int:
     if launched():
         speaker = rank if met_by is None else met_by
         if speaker != rank or (not met() and os.environ.get("LOCAL_RANK", "0") != "0"):
-            # All ranks (of a machine, before they met) found the same. The launcher ends them all as soon as one has
-            # gone: leave it to the one that speaks to be the first.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_LET_SPEAK)
+            # All ranks (of a machine, before they met) found the same: one of them says it.
+            _let_others_leave()
             return code
         report_failure(text)
         text = f"rank {rank}: {text}" if rank else text

@@ -1,6 +1,8 @@
 """`dinov2 pretrain`: train a backbone by self-distillation, from a recipe."""
 
+import logging
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +88,7 @@ def train_run(
     planned: int | None = None,
 ) -> None:
     """Train one run directory from a resolved config; also what the demo calls. A dry run plans for `planned` ranks."""
-    from dinov2cli.cli.assembly import parallel_of
+    from dinov2cli.cli.assembly import parallel_of, with_batch_of_all
     from dinov2cli.cli.frame import check_output, open_output, result_fields
     from dinov2cli.cli.watch import CONFIG_FILE, Follower, RunWatch, require_tensorboard
     from dinov2cli.recipe import to_yaml
@@ -94,22 +96,30 @@ def train_run(
 
     if config.log.tensorboard:
         require_tensorboard()
+    given = config.data.global_batch_size is not None
     parallel = parallel_of(config, dry_run=dry_run, planned=planned)
     ranks = parallel.ranks if not dry_run else ALONE
+    if not ranks.main:  # unreadable images are named by the process that met them
+        logging.getLogger("dinov2cli.data.bad").setLevel(logging.ERROR if talk.silenced else logging.WARNING)
+    data = ranks.first(lambda: options.from_stdin(data))
+    overwrite = overwrite and not _restarted(talk)
+    before = ranks.first(lambda: _before(path, overwrite=overwrite))
     config, chosen, source, parts, start, place = ranks.together(
-        lambda: _prepare(data, path, config, parallel, dry_run=dry_run, overwrite=overwrite)
+        lambda: _prepare(data, config, parallel, before, dry_run=dry_run)
     )
+    ranks.same([place["config"], _sample(source.ids)], "settings or images")
     if dry_run:
         state = check_output(path, "run", config=place["config"], inputs=place["inputs"], overwrite=overwrite)
         talk.plan(f"pretrain {data}", {**_plan(config, source, parts), **chosen, "output": f"{path} ({state})"})
         return
-    if not start:
+    if not start and config.model.init == "structured":
         parallel.same_start(parts["model"])
     out = open_output(talk, path, "run", **place, overwrite=overwrite, ranks=ranks)
     if out is None:
         return
     with out:
-        out.write_text(CONFIG_FILE, to_yaml(config))
+        whole = with_batch_of_all(config, ranks.world_size) if given else config
+        out.write_text(CONFIG_FILE, to_yaml(whole))
         _announce(talk, config, source, parts)
         for name, why in chosen.items():
             talk.say(f"  {name} {why}")
@@ -129,24 +139,42 @@ def train_run(
     talk.result(path, **result_fields(manifest))
 
 
+def _before(path: Path, *, overwrite: bool) -> tuple[dict[str, Any] | None, int]:
+    """What the run at `path` was begun with, and the step of its newest checkpoint; (None, 0) for a new one."""
+    from dinov2cli.artifacts.manifest import recorded_config
+    from dinov2cli.train.checkpoint import steps_done
+
+    return (None, 0) if overwrite else (recorded_config(path), steps_done(path / "checkpoints"))
+
+
+def _sample(ids: Any) -> list[Any]:
+    """How many images there are and the names of some: enough to tell the copies of a set on two machines apart."""
+    return [len(ids), *(ids[row] for row in range(0, len(ids), max(1, len(ids) // 1000)))]
+
+
+def _restarted(talk: "Talk") -> bool:
+    """Whether a launcher or scheduler has started this command again, so that what is there is its own work."""
+    if not any(int(os.environ.get(f"{name}_RESTART_COUNT", "0")) for name in ("TORCHELASTIC", "SLURM")):
+        return False
+    talk.say("started again: --overwrite has been done, the run goes on")
+    return True
+
+
 def _prepare(
-    data: str, path: Path, config: "PretrainConfig", parallel: "Parallel", *, dry_run: bool, overwrite: bool
+    data: str, config: "PretrainConfig", parallel: "Parallel", before: tuple[Any, int], *, dry_run: bool
 ) -> tuple[Any, ...]:
     """What one rank can do by itself: images, resolved settings with the reasons of what was chosen, the arguments of
     `train`, the step to go on from, and what names the run in its manifest."""
-    from dinov2cli.artifacts.manifest import recorded_config
     from dinov2cli.cli.assembly import assemble, batch_per_rank, identity_of, resolve_automatic
     from dinov2cli.data.source import open_source
-    from dinov2cli.train.checkpoint import steps_done
 
+    recorded, start = before
     source = open_source(data)
-    before = None if overwrite else recorded_config(path)
     config = batch_per_rank(config, parallel.world_size)
-    config, chosen = resolve_automatic(config, len(source), parallel.world_size, before)
-    start = 0 if overwrite else steps_done(path / "checkpoints")
+    config, chosen = resolve_automatic(config, len(source), parallel.world_size, recorded)
     parts = assemble(config, source, parallel, dry_run=dry_run, fresh=not start)
     inputs = [source.fingerprint(), *parts.pop("model_inputs")]
-    identity = identity_of(config, parallel.world_size, before)
+    identity = identity_of(config, parallel.world_size, recorded)
     return config, chosen, source, parts, start, {"config": identity, "seed": config.seed, "inputs": inputs}
 
 

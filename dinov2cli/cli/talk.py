@@ -25,8 +25,7 @@ class Talk:
 
     def __init__(self, *, json_output: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         main = int(os.environ.get("RANK", "0")) == 0
-        # An unreadable image is named by the process that met it.
-        logging.getLogger("dinov2cli.data.bad").setLevel(logging.NOTSET if main or quiet else logging.WARNING)
+        self.silenced = quiet
         quiet = quiet or not main
         self.json_output = json_output
         self.quiet = quiet

@@ -4,6 +4,7 @@ The order is a function of (seed, epoch), the pixels of a crop are one of (seed,
 number of workers, ranks, or on where a run was stopped. Positions count images over all ranks.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -94,7 +95,7 @@ class CropLoader:
         for batch, failures in worker_loader(self._reader, _Endless(tasks), self._workers, prefetch=self._prefetch):
             for name, reason in failures:
                 self.bad.add(name, reason)
-            self.bad.check(len(self._source))
+            self.bad.check(self._met_by_now())
             if batch is None:
                 raise InputError(
                     f"{self._source.spec}: {_REPLACEMENT_TRIES} images in a row cannot be read "
@@ -102,6 +103,11 @@ class CropLoader:
                 )
             self.position += self._batch_size * self._world_size
             yield batch
+
+    def _met_by_now(self) -> int:
+        """Images of the set, less those that so far were only other ranks': what the share of bad ones is taken of."""
+        epochs = self.position // len(self._source) + 1
+        return math.ceil(len(self._source) * (1 - (1 - 1 / self._world_size) ** epochs))
 
     def _tasks(self, position: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows, epochs) of this rank's share of every batch."""

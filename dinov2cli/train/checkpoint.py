@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,11 +155,6 @@ def save_checkpoint(
                 shutil.rmtree(leftover)
             partial.mkdir()
 
-    def look() -> None:
-        with _explained(final):
-            if not partial.is_dir():
-                raise OSError(f"rank {ranks.rank} does not see it: all nodes must write to one file system")
-
     def write() -> None:
         with _explained(final):
             for part, held in tensors.items():
@@ -175,10 +172,25 @@ def save_checkpoint(
         drop_old(root, keep, keep_every)
 
     ranks.first(begin)
-    ranks.together(look)
+    ranks.together(lambda: wait_until_seen(partial))
     ranks.together(write)
     ranks.first(finish)
     return final
+
+
+def wait_until_seen(path: Path, patience: float = 90.0) -> None:
+    """Return when this rank sees a directory that another one made: a network file system may need a minute for it.
+
+    Raises WorkError after `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not path.is_dir():
+        if time.monotonic() > deadline:
+            raise WorkError(
+                f"{path} is not seen on {socket.gethostname()}, though the main process made it; the output directory "
+                "must be on a file system that all machines see"
+            )
+        time.sleep(0.5)
 
 
 def drop_old(root: Path, keep: int, keep_every: int) -> None:
@@ -206,7 +218,10 @@ def _cause(error: BaseException) -> str:
 
 def read_state(path: Path) -> dict:
     """The JSON state of a checkpoint, with its `step`. Raises InputError for one of another format."""
-    state: dict = json.loads((path / "state.json").read_text())
+    try:
+        state: dict = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: its state.json cannot be read ({_cause(error)}); remove this directory") from error
     if state.get("format") != FORMAT:
         raise InputError(
             f"{path}: found checkpoint format {state.get('format')!r}, expected {FORMAT}; "

@@ -120,6 +120,7 @@ class Trainer:
                 self._run_phase(stop)
                 if self.index + 1 == len(self.phases):
                     break
+                self.elapsed = self.parallel.agree(self.elapsed)  # what the next phase counts its time from
                 self._enter(self.index + 1, step=self.step, elapsed=self.elapsed)
                 self.journal.log(
                     f"phase {self.index + 1} begins after step {self.step}, {self.phase.global_size} pixels"
@@ -241,6 +242,7 @@ class Trainer:
             backbone = self.networks.teacher_backbone(self.parallel.ranks.main)
             if backbone is not None:
                 line |= {f"eval/{k}": float(v) for k, v in self.evaluate(backbone, self.step).items()}
+            self.parallel.ranks.wait()  # on the host: a GPU's group has less patience
         self.journal.metrics(line)
         for finding in self.monitor.changes(line, done / total):
             self.journal.log(f"step {self.step}: {finding}")
@@ -293,6 +295,7 @@ class Trainer:
             "tally": self.tally.state_dict(),
             "batch_size": self.phase.batch_size,
             "world_size": self.parallel.world_size,
+            "precision": self.parallel.precision,
         }
         tensors = checkpoint.tensors_of(self.model.student, self.model.teacher_side(), self.optimizer)
         self.saver.save(self.checkpoints, self.step, tensors, state=state, keep=self.keep, keep_every=self.keep_every)
@@ -304,7 +307,8 @@ class Trainer:
         if found is None:
             self.journal.rewind(0)
             return
-        state = ranks.together(lambda: checkpoint.read_state(found))
+        state = ranks.first(lambda: checkpoint.read_state(found))
+        ranks.together(lambda: checkpoint.wait_until_seen(found))
         phase = state["phase"]
         if phase["index"] >= len(self.phases):
             raise InputError(f"{found}: belongs to phase {phase['index'] + 1}, this run has {len(self.phases)}")
@@ -322,13 +326,17 @@ class Trainer:
         self.images, self.elapsed = int(state["images"]), float(state["elapsed"])
         self.phase.length.load_state_dict(state["length"])
         self.phase.loader.load_state_dict(state["sampler"])
-        self.stepper.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty in any precision but fp16, which a run may have changed to
+            self.stepper.scaler.load_state_dict(state["scaler"])
         self.tally.load_state_dict(state["tally"])
         checkpoint.set_rng_state(state["rng"], self.parallel.device)
         self.journal.rewind(self.step)
         self.journal.log(f"continuing from {found.name}")
+        if (precision := state.get("precision", self.parallel.precision)) != self.parallel.precision:
+            self.journal.log(f"computing in {self.parallel.precision} from here on, it was {precision}")
         before = state["world_size"] * state.get("batch_size", self.phase.batch_size)
         if before != (now := self.parallel.world_size * self.phase.batch_size):
+            self.phase.length.total = state["length"]["total"]
             self.journal.log(
                 f"a step has {now} images from here on, it had {before}; the number of steps stays, the learning rate "
                 f"follows the batch; data.global_batch_size={before} would keep it"

@@ -6,7 +6,6 @@ shardings, that is an error. This file and distributed.py are the only ones that
 """
 
 import os
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2cli.device import PRECISIONS, autocast, choose_device, choose_precision
 from dinov2cli.distributed import ALONE, Ranks, join, launched, process_group
@@ -64,10 +63,16 @@ class Parallel:
         dtype = PRECISIONS[self.precision]
         return spread(model, self.sharding, device=self.device, dtype=dtype, mesh=self.mesh)
 
-    def same_start(self, model: nn.Module) -> None:
-        """Give every rank the main one's weights: what was computed from images may differ in the last bit."""
-        for tensor in _tensors(model) if self.world_size > 1 else ():
+    def same_start(self, model: SSLModel) -> None:
+        """Give every rank the main one's weights: what was computed from images may differ in the last bit.
+
+        The teacher is still a copy of the student.
+        """
+        if self.world_size == 1:
+            return
+        for tensor in model.student.state_dict().values():
             dist.broadcast(tensor, src=0, group=self.ranks.host)
+        model.teacher.load_state_dict(model.student.state_dict())
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` over the ranks; NaN on one is NaN on all."""
@@ -87,10 +92,6 @@ class Parallel:
         value = torch.tensor(number, dtype=torch.float64)
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.ranks.host)
         return float(value)
-
-
-def _tensors(model: nn.Module) -> Iterable[Tensor]:
-    return (tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def setup(

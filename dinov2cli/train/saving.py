@@ -50,7 +50,8 @@ class Saver:
             except BaseException as error:  # raised where the training asks
                 self._error = error
 
-        # Not a daemon: a run that ends for another reason still completes the checkpoint it began.
+        # Not a daemon: a process that ends for another reason still completes the checkpoint it began. (Not under a
+        # launch, whose other ranks it would need; the next run then removes what was begun.)
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 

@@ -20,6 +20,8 @@ gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 
 # How long ranks have to save after a signal; also how long those that hang after another died stay (torch: 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-45}
+# srun does not take this from sbatch by itself; without it all ranks and loader workers would share one core.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
 # Five minutes before its end the job is told: every rank saves, and the job queues again to go on from there.
 stopping=''
 again() {

@@ -77,3 +77,38 @@ def test_wrong_values_are_refused_in_a_line(dinov2, photos, tmp_path, setting, t
     assert done.code == 2
     assert text in done.err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_is_the_same_over_other_ranks():
+    """With the same batch on each, or the same batch in all; begun alone or not."""
+    from dinov2cli.cli.assembly import batch_per_rank, identity_of, with_batch_of_all
+    from dinov2cli.config import PretrainConfig
+
+    def config(batch: int) -> PretrainConfig:
+        return PretrainConfig.model_validate({"data": {"batch_size": batch}})
+
+    alone = identity_of(config(16), 1, None)
+    assert "ranks" not in alone["data"]  # as the runs of earlier versions
+    assert identity_of(config(16), 2, alone) == identity_of(config(8), 2, alone) == alone
+    two = identity_of(config(16), 2, None)
+    assert identity_of(config(16), 1, two) == identity_of(config(32), 1, two) == identity_of(config(8), 4, two) == two
+    assert identity_of(config(12), 2, alone) != alone
+    assert identity_of(config(12), 1, two) != two
+
+    whole = {"data": {"global_batch_size": 24}, "phases": [{"steps": 3, "batch_size": 8}]}
+    shared = batch_per_rank(PretrainConfig.model_validate(whole), 4)
+    assert (shared.data.batch_size, shared.phases[0].batch_size) == (6, 2)
+    again = with_batch_of_all(shared, 4)
+    assert (again.data.global_batch_size, again.phases[0].batch_size) == (24, 8)
+
+
+def test_overwrite_is_done_once_when_a_launcher_starts_again(monkeypatch):
+    from dinov2cli.cli.pretrain import _restarted
+    from dinov2cli.cli.talk import Talk
+
+    talk = Talk(quiet=True)
+    assert not _restarted(talk)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not _restarted(talk)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert _restarted(talk)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dinov2cli.cli.launch import without_processes
+from dinov2cli.cli.launch import relaunch, without_processes
+from dinov2cli.errors import UserError
 from tests.launch import ROOT
 
 TINY = ("--config", "tiny-cpu", "--workers", "1", "--device", "cpu", "--set", "log.pictures=false")
@@ -100,6 +101,14 @@ def test_a_signal_saves_and_the_same_command_goes_on_over_other_ranks(tmp_path):
     images = {line["step"]: line["images"] for line in steps_of(run)}
     assert list(images) == list(range(1, 61))
     assert images[60] == 16 * reached + 8 * (60 - reached)
+
+
+def test_n_that_contradicts_a_launch_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    relaunch(None)
+    relaunch(4)
+    with pytest.raises(UserError, match="-n 2 inside a launch of 4 processes"):
+        relaunch(2)
 
 
 def test_embeddings_of_two_processes_are_those_of_one(tmp_path):

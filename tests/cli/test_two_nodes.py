@@ -98,7 +98,7 @@ def accelerate(nodes: list[Node], port: int, *arguments: str) -> list[subprocess
     """`accelerate launch` with the recipe for four machines, on two with one process each."""
     config = str(RECIPES / "accelerate" / "fsdp2-4x8.yaml")
     options = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", nodes[0].address]
-    options += ["--main_process_port", str(port), "--mixed_precision", "no", "--rdzv_backend", "static"]
+    options += ["--main_process_port", str(port), "--mixed_precision", "no"]
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *options]
     return [
         begin(node, *start, "--machine_rank", str(rank), "-m", "dinov2cli", "pretrain", *arguments)

@@ -41,6 +41,7 @@ def runs(tmp_path_factory) -> Path:
         "ddp": {},
         "fsdp": {"setup": FSDP, "train": {"save_in_background": True, "checkpoint_every": 7}},
         "fsdp_phases": PHASES | {"setup": FSDP},
+        "ddp_phases": PHASES,
         "fsdp_half": half | {"setup": FSDP},
         "fsdp_recompute": {"setup": FSDP | {"offload": True}, "recompute": True},
         "ddp_sparse": sparse,
@@ -82,10 +83,11 @@ def test_the_papers_forms_per_rank_give_others(runs):
     assert furthest(runs, "by_rank", "one") > 1e-2
 
 
-def test_shards_change_shape_between_phases(runs):
+@pytest.mark.parametrize("name", ["ddp_phases", "fsdp_phases"])
+def test_what_is_spread_changes_shape_between_phases(runs, name):
     """Position grid 4 x 4 to 6 x 6 after five steps, under softmax-centring."""
-    assert [line["global_size"] for line in lines(runs / "fsdp_phases")] == 5 * [32] + 4 * [48]
-    assert furthest(runs, "fsdp_phases", "one_phases") < 1e-5
+    assert [line["global_size"] for line in lines(runs / name)] == 5 * [32] + 4 * [48]
+    assert furthest(runs, name, "one_phases") < 1e-5
 
 
 def test_recomputation_and_offload_change_nothing(runs):
@@ -134,3 +136,11 @@ def test_a_run_goes_on_over_other_ranks(runs, tmp_path):
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
     (tmp_path / "one").symlink_to(runs / "one")
     assert furthest(tmp_path, "run", "one") < 1e-5
+
+
+def test_another_batch_keeps_the_number_of_steps(tmp_path):
+    """A budget in images or epochs makes twice the steps of half the batch; a run that has begun keeps its own."""
+    start(tmp_path, 1, {"run": {"steps": 8, "stop": (0, 3)}})
+    start(tmp_path, 1, {"run": {"steps": 16, "batch": 8}})
+    assert [line["images"] for line in lines(tmp_path / "run")] == [16, 32, 48, 56, 64, 72, 80, 88]
+    assert "a step has 8 images from here on, it had 16" in (tmp_path / "run" / "log.txt").read_text()

@@ -162,7 +162,7 @@ def phases(config: "PretrainConfig", source: "ImageSource", rank: int, world_siz
     from dinov2cli.data.bad import BadImages
     from dinov2cli.data.crops import MultiCrop
     from dinov2cli.data.loader import CropLoader
-    from dinov2cli.train.loop import Phase
+    from dinov2cli.train.phase import Phase
 
     c, crops, batch = config, config.crops.model_dump(), config.data.batch_size
     made: list[Phase] = []

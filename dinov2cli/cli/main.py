@@ -96,7 +96,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return ended.code
     except LostRank as error:
         code = _fail(str(error), error.exit_code)
-        _let_others_leave()
+        # Where the launcher may start all again, this rank is to fail like the others, and at once.
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+            _let_others_leave()
         return code
     except DinoError as error:
         if os.environ.get("DINOV2_DEBUG") and error.__cause__ is not None:

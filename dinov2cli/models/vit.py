@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dinov2cli.errors import UserError
-from dinov2cli.models.blocks import Block, Groups, LayerScale, PatchEmbed, Share, draw_kept, join, split
+from dinov2cli.models.blocks import Block, LayerScale, PatchEmbed
+from dinov2cli.models.depth import Groups, Share, draw_kept, join, split
 
 
 class ViTOutput(NamedTuple):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,38 +16,13 @@ from dinov2cli.train import checkpoint
 from dinov2cli.train.monitor import Monitor, batch_statistics
 from dinov2cli.train.network import Network, SSLModel, prototypes_of
 from dinov2cli.train.parallel import Parallel
+from dinov2cli.train.phase import Phase
 from dinov2cli.train.saving import Saver
-from dinov2cli.train.schedules import RunLength, Schedules, StepValues
+from dinov2cli.train.schedules import StepValues
 from dinov2cli.train.sharding import Spread
 from dinov2cli.train.signals import STOPPING, StopRequest
 from dinov2cli.train.step import Augmentation, FirstBatch, Settings, Stepper, StepResult
 from dinov2cli.train.tally import Tally
-
-
-class BatchSource(Protocol):
-    """Endless batches {"global_crops": uint8 [2, B, 3, S, S], "local_crops": uint8 [L, B, 3, s, s], "index": int64 [B],
-    "epoch": int64 [B]} that can go on from a position counted in batches handed out."""
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of a run with its own crops, batch (images per rank) and schedules, laid out over its own length.
-
-    `seed` is what `loader` was built with: it drives crops and colours.
-    """
-
-    schedules: Schedules
-    length: RunLength
-    loader: BatchSource
-    batch_size: int
-    global_size: int
-    seed: int = 0
 
 
 @dataclass(frozen=True)

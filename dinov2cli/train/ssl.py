@@ -16,7 +16,7 @@ from dinov2cli.losses.dino import dino_loss
 from dinov2cli.losses.ibot import ibot_loss
 from dinov2cli.losses.koleo import koleo_loss
 from dinov2cli.losses.sinkhorn import sinkhorn_scalings
-from dinov2cli.models.blocks import Share
+from dinov2cli.models.depth import Share
 from dinov2cli.models.vit import VisionTransformer
 
 if TYPE_CHECKING:

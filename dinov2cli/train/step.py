@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dinov2cli.data.masks import make_masks
 from dinov2cli.errors import UserError
-from dinov2cli.models.blocks import Share
+from dinov2cli.models.depth import Share
 from dinov2cli.train.ema import ema_update, pair_parameters
 from dinov2cli.train.optim import apply_schedule, clip_gradients
 from dinov2cli.train.parallel import Parallel

@@ -4,7 +4,7 @@ set -euo pipefail
 usage() {
   cat >&2 <<'TEXT'
 usage: multinode.sh --nodes N --node-rank I --master HOST [--gpus 8] [--port 29500] [--address A]
-                    [--restarts 3] -- PRETRAIN…
+                    [--restarts 6] -- PRETRAIN…
   --nodes      machines in all; --node-rank numbers this one from 0
   --master     address of machine 0, which the others must reach at --port
   --address    of this machine, where the others cannot look it up by its host name
@@ -18,7 +18,7 @@ usage: multinode.sh --nodes N --node-rank I --master HOST [--gpus 8] [--port 295
 TEXT
   exit 2
 }
-nodes='' rank='' master='' gpus=8 port=29500 restarts=3 address=''
+nodes='' rank='' master='' gpus=8 port=29500 restarts=6 address=''
 while [[ $# -gt 0 ]]; do
   case $1 in
     --nodes) nodes=$2; shift 2 ;;

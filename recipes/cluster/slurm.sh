@@ -31,7 +31,7 @@ again() {
 trap again USR1 TERM
 
 srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m torch.distributed.run \
-  --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" --max-restarts "${RESTARTS:-3}" \
+  --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" --max-restarts "${RESTARTS:-6}" \
   --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
   -m dinov2cli pretrain "$@" &
 job=$!

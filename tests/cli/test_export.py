@@ -247,7 +247,7 @@ def test_wrong_runs_are_one_line(dinov2, trained, unfinished, tmp_path):
     shard.write_bytes((tmp_path / "kept").read_bytes()[:1000])
     assert "cannot be read" in refused(unfinished)
     (newest / "state.json").write_text("{")
-    assert "no readable state.json" in refused(unfinished)
+    assert "its state.json cannot be read" in refused(unfinished)
     (unfinished / "config.yaml").rename(tmp_path / "config.yaml")
     shutil.rmtree(newest)
     assert "config.yaml, which names the architecture" in refused(unfinished)

@@ -20,10 +20,11 @@ from dinov2cli.data.source import open_source
 from dinov2cli.distributed import launched, leave
 from dinov2cli.errors import Preempted
 from dinov2cli.models.vit import VisionTransformer
-from dinov2cli.train.loop import Phase, train
+from dinov2cli.train.loop import train
 from dinov2cli.train.network import SSLModel, build_ssl_model
 from dinov2cli.train.optim import build_optimizer
 from dinov2cli.train.parallel import Parallel, setup
+from dinov2cli.train.phase import Phase
 from dinov2cli.train.schedules import RunLength, Schedules
 from dinov2cli.train.ssl import Objective
 from dinov2cli.train.step import Settings

@@ -12,10 +12,11 @@ from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.loader import CropLoader
 from dinov2cli.data.source import open_source
 from dinov2cli.models.vit import VisionTransformer
-from dinov2cli.train.loop import Phase, TrainResult, train
+from dinov2cli.train.loop import TrainResult, train
 from dinov2cli.train.network import SSLModel, build_ssl_model
 from dinov2cli.train.optim import build_optimizer
 from dinov2cli.train.parallel import setup
+from dinov2cli.train.phase import Phase
 from dinov2cli.train.schedules import RunLength, Schedules
 from dinov2cli.train.ssl import Objective
 from dinov2cli.train.step import Settings

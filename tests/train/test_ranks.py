@@ -94,7 +94,7 @@ def test_recomputation_and_offload_change_nothing(runs):
     assert furthest(runs, "fsdp_recompute", "one", ("loss/", "grad_norm")) < 1e-4
 
 
-def test_gradients_are_reduced_once_for_all_parts_of_a_batch(runs):
+def test_parts_of_a_batch_sum_to_the_same_in_copies_and_in_shards(runs):
     assert furthest(runs, "fsdp_parts", "ddp_parts", ("loss/", "grad_norm")) < 1e-4
 
 

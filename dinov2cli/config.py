@@ -36,8 +36,17 @@ class CommonConfig(Section):
         never = dict.fromkeys(("workers", "device", "log", "checkpoint", "parallel", "max_bad_fraction"), True)
         # The first is exact, the second only ends a run, the third may change where a run goes on (it says so).
         savers = {"activation_checkpointing", "max_bad_steps", "precision"}
-        rest = {"data": {"max_bad_fraction", "global_batch_size"}, "train": savers}
-        return self.model_dump(mode="json", exclude={**never, **rest})
+        rest = {"data": {"max_bad_fraction", "max_worker_deaths", "global_batch_size"}, "train": savers}
+        content = self.model_dump(mode="json", exclude={**never, **rest})
+        # Keys younger than some runs count only where they ask for something: those runs go on.
+        for name, default in _YOUNGER.items():
+            section, key = name.split(".")
+            if section in content and content[section].get(key) == default:
+                del content[section][key]
+        return content
+
+
+_YOUNGER = {"data.scaled_decode": False, "data.shuffle": "auto", "data.window": 16}
 
 
 class EmbedConfig(CommonConfig):
@@ -54,7 +63,17 @@ class EmbedConfig(CommonConfig):
     max_bad_fraction: Share = 0.01
 
 
-class DedupConfig(CommonConfig):
+class PackConfig(CommonConfig):
+    """Settings of `dinov2 pack`, and of the same after a choice: None packs nothing. `pack_quality` is that of JPEG."""
+
+    pack: Literal["parquet", "webdataset", "folder"] | None = None
+    pack_size: Count = 512
+    pack_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    pack_shard_mib: Amount = 256.0
+    max_bad_fraction: Share = 0.01
+
+
+class DedupConfig(PackConfig):
     """Settings of `dinov2 dedup`: edges from each tier, then one image kept per component.
 
     `tiers` None runs what the input allows; thresholds None are those of the kind of model. `hash_radius` counts
@@ -71,10 +90,9 @@ class DedupConfig(CommonConfig):
     max_component: Count = 1000
     index: str = "auto"
     model: str | None = None
-    max_bad_fraction: Share = 0.01
 
 
-class CurateConfig(CommonConfig):
+class CurateConfig(PackConfig):
     """Settings of `dinov2 curate`: retrieval with `--query`, balanced sampling without.
 
     `neighbours` per query image (sample mode), `clusters` of the pool (cluster mode), `levels` of the tree (without
@@ -95,7 +113,6 @@ class CurateConfig(CommonConfig):
     strategy: Literal["random", "closest"] = "random"
     index: str = "auto"
     model: str | None = None
-    max_bad_fraction: Share = 0.01
 
 
 class EvalConfig(CommonConfig):
@@ -127,11 +144,20 @@ class LinearConfig(EvalConfig):
 
 
 class DataSection(Section):
-    """`batch_size` counts images per rank; `global_batch_size` those of all ranks together, for any number of them."""
+    """`batch_size` counts images per rank; `global_batch_size` those of all ranks together, for any number of them.
+
+    `scaled_decode` decodes large JPEG files at 1/2, 1/4 or 1/8 where every crop is still made smaller. `shuffle`: exact
+    mixes all images of an epoch, blocks only those of `window` tar shards or Parquet row groups at a time, which are
+    read together; auto is blocks for streams. A loader worker that dies is replaced, until `max_worker_deaths` have.
+    """
 
     batch_size: Count = 64
     global_batch_size: Count | None = None
     max_bad_fraction: Share = 0.01
+    scaled_decode: bool = False
+    shuffle: Literal["auto", "exact", "blocks"] = "auto"
+    window: Count = 16
+    max_worker_deaths: CountOrZero = 10
 
 
 class ModelSection(Section):

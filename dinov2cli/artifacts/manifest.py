@@ -18,7 +18,7 @@ _KINDS = {
     "embeddings": ("embeddings", "dinov2 embed", "give it to `dinov2 dedup` or `dinov2 curate`"),
     "selection": (
         "a selection",
-        "dinov2 dedup or dinov2 curate",
+        "dinov2 dedup, curate or pack",
         "give it as images to `dinov2 embed`, `dedup`, `curate` or `pretrain`",
     ),
     "run": (

@@ -1,4 +1,7 @@
-"""Selections on disk: which rows of which sources were kept and dropped, and why. Rows point back to the images."""
+"""Selections on disk: which rows of which sources were kept and dropped, and why.
+
+Rows point back to the images; where they were packed, the directory holds them too (see `packed.py`).
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +12,7 @@ import pyarrow.parquet as pq
 
 from dinov2cli.artifacts.manifest import Manifest, require_kind
 from dinov2cli.artifacts.output import Output
+from dinov2cli.artifacts.packed import FOLDER, PackedFacts, packed_facts, pointing_to_packed
 from dinov2cli.errors import InputError
 
 KEPT_COLUMNS = ("id", "image_path", "source", "row")
@@ -18,13 +22,29 @@ GROUP_COLUMNS = ("id", "image_path", "group", "keep")
 
 @dataclass(frozen=True)
 class Selection:
-    """A finished selection. `groups` is None for selections that `dedup` did not make."""
+    """A finished selection. `groups` is None for selections that `dedup` did not make, `packed` for those that hold no
+    pixels of their own. `source` and `row` of `kept` lead to the packed images where there are any; in the file they
+    lead to the originals."""
 
     path: Path
     manifest: Manifest
     kept: pa.Table
     dropped: pa.Table
     groups: pa.Table | None
+    packed: PackedFacts | None = None
+
+    @property
+    def packed_path(self) -> Path:
+        """The folder of the packed images."""
+        return self.path / FOLDER
+
+    def missing_shards(self) -> list[str]:
+        """Names of the packed shards that are not there in the size in which they were written (not for loose files,
+        each of which may be missing on its own)."""
+        if self.packed is None or self.packed.format == "folder":
+            return []
+        shards = {name: entry["size"] for name, entry in self.manifest.files.items() if name.startswith(f"{FOLDER}/")}
+        return [name for name, size in shards.items() if _size(self.path / name) != size]
 
 
 def write_selection(
@@ -77,4 +97,10 @@ def open_selection(path: Path | str) -> Selection:
             raise InputError(
                 f"{file} cannot be read ({type(error).__name__}); make the selection again with --overwrite"
             ) from None
-    return Selection(path, manifest, tables["kept"], tables["dropped"], tables.get("groups"))
+    packed = packed_facts(path, manifest.extra, tables["kept"])
+    kept = tables["kept"] if packed is None else pointing_to_packed(tables["kept"], path)
+    return Selection(path, manifest, kept, tables["dropped"], tables.get("groups"), packed)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1

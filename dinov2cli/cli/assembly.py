@@ -125,7 +125,7 @@ def assemble(
         "model": model,
         "model_inputs": model_inputs,
         "make_optimizer": _optimizer_maker(c, backbone.depth),
-        "phases": phases(c, source, parallel.rank, parallel.world_size, dry_run=dry_run),
+        "phases": phases(c, source, parallel, dry_run=dry_run),
         "settings": Settings(
             objective,
             seed=c.seed,
@@ -156,7 +156,7 @@ def _optimizer_maker(config: "PretrainConfig", depth: int) -> Any:
     return partial(build_optimizer, depth=depth, **{name: getattr(config.optim, name) for name in names})
 
 
-def phases(config: "PretrainConfig", source: "ImageSource", rank: int, world_size: int, *, dry_run: bool) -> list[Any]:
+def phases(config: "PretrainConfig", source: "ImageSource", parallel: "Parallel", *, dry_run: bool) -> list[Any]:
     """The run's own phase, then those of `phases:`; sizes they leave out are those of the phase before."""
     from dinov2cli.cli.frame import workers_for
     from dinov2cli.data.bad import BadImages
@@ -164,7 +164,7 @@ def phases(config: "PretrainConfig", source: "ImageSource", rank: int, world_siz
     from dinov2cli.data.loader import CropLoader
     from dinov2cli.train.phase import Phase
 
-    c, crops, batch = config, config.crops.model_dump(), config.data.batch_size
+    c, crops, batch, world_size = config, config.crops.model_dump(), config.data.batch_size, parallel.world_size
     made: list[Phase] = []
     for index, section in enumerate([None, *c.phases]):
         if section is not None:
@@ -180,9 +180,14 @@ def phases(config: "PretrainConfig", source: "ImageSource", rank: int, world_siz
                 batch_size=batch,
                 seed=seed,
                 workers=workers_for(c.workers),
-                rank=rank,
+                rank=parallel.rank,
                 world_size=world_size,
                 bad=BadImages(c.data.max_bad_fraction),
+                scaled_decode=c.data.scaled_decode,
+                shuffle=c.data.shuffle,
+                window=c.data.window,
+                max_deaths=c.data.max_worker_deaths,
+                pin=parallel.device.type == "cuda",
             )
         made.append(
             Phase(

@@ -8,6 +8,7 @@ import typer
 from dinov2cli.cli import options
 
 _BENCHES = {
+    "data": "the input path part by part beside an all-Pillow pipeline, and the workers that a model needs",
     "train": "one training step part by part; with --reference beside a textbook step",
     "search": "neighbour search beside a brute-force matrix product",
     "knn": "the k-NN classifier beside scikit-learn's",
@@ -20,6 +21,16 @@ _HELP = "; ".join(f"{name}: {what}" for name, what in _BENCHES.items())
 
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=_HELP + ".")],
+    data: Annotated[
+        str | None, typer.Argument(metavar="[DATA]", help="data: the images to measure on; default: demo:photos.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option("--arch", metavar="NAME", help="data: the model to feed, as vits14 (default).")
+    ] = None,
+    megapixels: Annotated[
+        float | None,
+        typer.Option("--megapixels", metavar="N", min=0.001, help="data: enlarge the images to camera JPEGs first."),
+    ] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="train: also time a textbook step on the same inputs, and compare.")
     ] = False,
@@ -42,12 +53,16 @@ def bench(
 
     if name not in _BENCHES:
         raise UserError(f"bench {name}: no such benchmark; expected one of {', '.join(_BENCHES)}")
+    if data is not None and name != "data":
+        raise UserError(f"bench {name}: found {data} behind it, but only `bench data` takes images; leave it out")
     talk = Talk(json_output=json_output, quiet=quiet)
     talk.say(f"bench {name}: {_BENCHES[name]}")
     extra: dict[str, Any] = {"reference": True} if reference and name == "train" else {}  # the others always compare
     module = importlib.import_module(f"dinov2cli.bench.{name}")
     if name == "scaling":
         extra["recipes"] = {recipe: _settings(recipe) for recipe in module.RECIPES}
+    if name == "data":
+        extra |= {"data": data, "megapixels": megapixels, "arch": arch or "vits14"}
     if name == "ranks":
         extra |= {"ranks": processes or 2, "precision": precision or "fp32"}
     figures = module.run(device=device or "auto", seed=seed or 0, **extra)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dinov2cli.cli import options
+from dinov2cli.cli import options, packing
 from dinov2cli.distributed import ALONE, Ranks, join
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def curate(
     target_size: Annotated[int | None, typer.Option("--target-size", metavar="N", help=_TARGET)] = None,
     mode: Annotated[str | None, typer.Option("--mode", metavar="NAME", help=_MODE)] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help=_MODEL)] = None,
+    pack: packing.Pack = None,
+    pack_size: packing.PackSize = None,
     config: options.Config = None,
     set_: options.Set = None,
     dry_run: options.DryRun = False,
@@ -51,7 +53,7 @@ def curate(
 
     Examples:
 
-    - `dinov2 curate embeddings -o chosen --target-size 100000`
+    - `dinov2 curate embeddings -o chosen --target-size 100000 --pack parquet`
     - `dinov2 curate unique -o chosen --query flowers/ --set neighbours=32`
     - `dinov2 curate embeddings -o chosen --query landmarks/ --mode cluster`
     """
@@ -64,11 +66,14 @@ def curate(
         "target_size": target_size,
         "mode": mode,
         "model": model,
+        "pack": pack,
+        "pack_size": pack_size,
         "workers": workers,
         "device": device,
         "seed": seed,
     }
     settings = load_config(CurateConfig, recipe=config, sets=set_ or [], flags=flags)
+    packing.check(settings, pack_size)
     if not dry_run:
         relaunch(processes)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
@@ -94,7 +99,11 @@ def run_curate(
     from dinov2cli.report.selection import curate_report
 
     mode, collection, queries, inputs = ranks.together(lambda: _opened(data, query, config))
-    place: dict[str, Any] = {"config": {**config.identity(), "mode": mode}, "inputs": inputs, "overwrite": overwrite}
+    place: dict[str, Any] = {
+        "config": {**packing.identity(config), "mode": mode},
+        "inputs": inputs,
+        "overwrite": overwrite,
+    }
     if dry_run:
         state = ranks.first(lambda: check_output(path, "selection", **place))
         facts = {
@@ -103,7 +112,7 @@ def run_curate(
             "query images": sum(c.rows for c in queries),
             "to keep": config.target_size or "as many as are found",
         }
-        files = ["kept.parquet", "dropped.parquet", "report.html", "manifest.json"]
+        files = ["kept.parquet", "dropped.parquet", "report.html", "manifest.json", *packing.files(config)]
         talk.plan(f"curate {data}", {**facts, "files": files, "output": f"{path} ({state})"})
         return
     out = open_output(talk, path, "selection", seed=config.seed, ranks=ranks, **place)
@@ -111,11 +120,18 @@ def run_curate(
         return
     with out:
         found, images = ranks.together(lambda: _found(path, mode, collection, queries, config, talk, ranks))
+        found, packed = packing.pack_found(out, images, found, config, talk, ranks)
 
         def write() -> "Manifest":
             html = curate_report(found, images(), title=f"Images chosen from {data}")
             return write_selection(
-                out, kept=found.kept, dropped=found.dropped, report=html, hits=found.hits, summary=found.summary
+                out,
+                kept=found.kept,
+                dropped=found.dropped,
+                report=html,
+                hits=found.hits,
+                summary=found.summary,
+                **packed,
             )
 
         manifest = ranks.first(write)

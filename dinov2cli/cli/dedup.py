@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dinov2cli.cli import options
+from dinov2cli.cli import options, packing
 from dinov2cli.distributed import ALONE, Ranks, join
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def dedup(
     ] = None,
     tiers: Annotated[str | None, typer.Option("--tiers", metavar="LIST", help=_TIERS)] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help=_MODEL)] = None,
+    pack: packing.Pack = None,
+    pack_size: packing.PackSize = None,
     config: options.Config = None,
     set_: options.Set = None,
     dry_run: options.DryRun = False,
@@ -66,11 +68,14 @@ def dedup(
         "threshold": threshold,
         "tiers": None if tiers is None else [name.strip() for name in tiers.split(",")],
         "model": model,
+        "pack": pack,
+        "pack_size": pack_size,
         "workers": workers,
         "device": device,
         "seed": seed,
     }
     settings = load_config(DedupConfig, recipe=config, sets=set_ or [], flags=flags)
+    packing.check(settings, pack_size)
     if not dry_run:
         relaunch(processes)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
@@ -97,14 +102,21 @@ def run_dedup(
 
     collection, reference, tiers, inputs = ranks.together(lambda: _opened(data, against, config, talk))
     place: dict[str, Any] = {
-        "config": {**config.identity(), "tiers": tiers},
+        "config": {**packing.identity(config), "tiers": tiers},
         "inputs": inputs,
         "overwrite": overwrite,
     }
     if dry_run:
         state = ranks.first(lambda: check_output(path, "selection", **place))
         facts = {"images": collection.rows, "reference images": reference.rows if reference else 0, "tiers": tiers}
-        files = ["kept.parquet", "dropped.parquet", "groups.parquet", "report.html", "manifest.json"]
+        files = [
+            "kept.parquet",
+            "dropped.parquet",
+            "groups.parquet",
+            "report.html",
+            "manifest.json",
+            *packing.files(config),
+        ]
         talk.plan(f"dedup {data}", {**facts, "files": files, "output": f"{path} ({state})"})
         return
     out = open_output(talk, path, "selection", seed=config.seed, ranks=ranks, **place)
@@ -114,11 +126,18 @@ def run_dedup(
         collection, pool, threshold, found = ranks.together(
             lambda: _found(path, collection, reference, tiers, config, talk, ranks)
         )
+        found, packed = packing.pack_found(out, collection.images, found, config, talk, ranks)
 
         def write() -> "Manifest":
             html = dedup_report(found, pool, collection.images(), title=f"Duplicates in {data}", threshold=threshold)
             return write_selection(
-                out, kept=found.kept, dropped=found.dropped, groups=found.groups, report=html, summary=found.summary
+                out,
+                kept=found.kept,
+                dropped=found.dropped,
+                groups=found.groups,
+                report=html,
+                summary=found.summary,
+                **packed,
             )
 
         manifest = ranks.first(write)

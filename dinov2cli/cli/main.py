@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dinov2cli import __version__
-from dinov2cli.cli import bench, curate, dedup, demo, embed, evaluate, export, info, pretrain, recipes
+from dinov2cli.cli import bench, curate, dedup, demo, doctor, embed, evaluate, export, info, pack, pretrain, recipes
 from dinov2cli.cli.launch import Ended
 from dinov2cli.distributed import LostRank, launched, leave, met, report_failure
 from dinov2cli.errors import DinoError, Preempted, WorkError
@@ -52,10 +52,12 @@ _DATA, _TRAIN, _LOOK = "Images", "Models", "Inspect"
 app.command("embed", rich_help_panel=_DATA)(embed.embed)
 app.command("dedup", rich_help_panel=_DATA)(dedup.dedup)
 app.command("curate", rich_help_panel=_DATA)(curate.curate)
+app.command("pack", rich_help_panel=_DATA)(pack.pack)
 app.command("pretrain", rich_help_panel=_TRAIN)(pretrain.pretrain)
 app.command("export", rich_help_panel=_TRAIN)(export.export)
 app.add_typer(evaluate.app, name="eval", rich_help_panel=_TRAIN)
 app.command("demo", rich_help_panel=_LOOK)(demo.demo)
+app.command("doctor", rich_help_panel=_LOOK)(doctor.doctor)
 app.command("info", rich_help_panel=_LOOK)(info.info)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=_LOOK)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)

@@ -215,6 +215,13 @@ class Augment:
         rows = np.flatnonzero(chosen)
         if len(rows) == 0:
             return
-        index = torch.from_numpy(rows).to(x.device, non_blocking=True)
-        values = torch.from_numpy((chosen if factors is None else factors)[rows]).to(x.device, non_blocking=True)
-        x.index_copy_(0, index, operation(x.index_select(0, index), values))
+        values = torch.from_numpy((chosen if factors is None else factors)[rows])
+        if x.is_cuda:
+            index = torch.from_numpy(rows).to(x.device, non_blocking=True)
+            picked, values = x.index_select(0, index), values.to(x.device, non_blocking=True)
+            x.index_copy_(0, index, operation(picked, values))
+            return
+        # On a CPU a chunk is a few images: views and plain copies of them take a third of the time of indexing.
+        picked = x[rows[0] : rows[0] + 1] if len(rows) == 1 else x.index_select(0, torch.from_numpy(rows))
+        for row, image in zip(rows.tolist(), operation(picked, values), strict=True):
+            x[row].copy_(image)

@@ -1,6 +1,7 @@
 """Multi-crop: random boxes of an image, resized to square uint8 crops. Geometry only; colours are `data/augment.py`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,14 +63,35 @@ def random_box(height: int, width: int, scale: tuple[float, float], rng: np.rand
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def resize_box(image: Tensor, box: Box, size: int, *, flip: bool = False) -> Tensor:
-    """Cut `box` out of `image` (uint8 [3, H, W]) and resize it to uint8 [3, size, size]: bicubic, antialiased.
+class Cut(NamedTuple):
+    """What becomes a crop: a box of the image as displayed, and whether the crop is mirrored."""
 
-    Fastest when `image` is a view of channels-last memory, as `torch.from_numpy(hwc).permute(2, 0, 1)`.
-    """
-    cut = image[None, :, box.top : box.top + box.height, box.left : box.left + box.width]
-    crop = F.interpolate(cut, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
-    return crop.flip(-1) if flip else crop
+    box: Box
+    flip: bool
+
+
+class Scratch:
+    """Memory that is used again: fresh memory costs a page fault per 4 KiB, often more than the work done in it."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, *shape: int) -> Tensor:
+        """uint8 of this shape; what was taken before is overwritten."""
+        number = math.prod(shape)
+        if self._bytes.numel() < number:
+            self._bytes = torch.empty(number + number // 4, dtype=torch.uint8)
+        return self._bytes[:number].view(shape)
+
+
+def resize_box(pixels: Tensor, box: Box, size: int, scratch: Scratch) -> Tensor:
+    """Cut `box` out of uint8 [H, W, C] and resize it to uint8 [size, size, C]: bicubic, antialiased (torch's)."""
+    cut = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    # Copied out first: what is not contiguous torch would copy itself, into fresh memory.
+    whole = scratch.take(1, *cut.shape)
+    whole[0].copy_(cut)
+    # The leading axis before the permutation: by all four strides torch knows channels-last memory, twice as fast.
+    return F.interpolate(whole.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
 @dataclass(frozen=True)
@@ -109,20 +131,104 @@ class MultiCrop:
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
-        # torch takes no read-only memory (Pillow's arrays) and no flipped views; a copy costs far less than the decode.
-        usable = image.flags.writeable and image.flags.c_contiguous
-        pixels = torch.from_numpy(image if usable else image.copy()).permute(2, 0, 1)
+        height, width = image.shape[:2]
+        into = [torch.empty((n, s, s, 3), dtype=torch.uint8) for n, s, _ in self._kinds()]
+        self.cut(image, self.draw(height, width, seed, epoch, sample), (height, width), into, Scratch())
+        return into[0].permute(0, 3, 1, 2), into[1].permute(0, 3, 1, 2)
+
+    def draw(self, height: int, width: int, seed: int, epoch: int, sample: int) -> list[Cut]:
+        """Boxes and flips of an image of `height` x `width` pixels, two global ones first: a function of the
+        arguments and these settings only."""
         rng = sample_rng(seed, epoch, sample)
+        return [
+            Cut(random_box(height, width, scale, rng), bool(rng.random() < self.flip))
+            for number, _, scale in self._kinds()
+            for _ in range(number)
+        ]
+
+    def cut(
+        self,
+        image: np.ndarray,
+        cuts: Sequence[Cut],
+        displayed: tuple[int, int],
+        into: Sequence[Tensor],
+        scratch: Scratch,
+        orientation: int = 1,
+    ) -> None:
+        """Make the crops that `draw` chose.
+
+        Args:
+            image: uint8 [h, w, 3 or 4] as stored, of which three channels count; it may be smaller than the picture
+                that `cuts` were drawn for (see `shrink`).
+            cuts: boxes and flips in the picture as displayed, height and width `displayed`.
+            into: uint8 [2, S, S, 3] and [local_number, s, s, 3], written to.
+            orientation: EXIF's number; it is applied to boxes and crops, never to the whole image.
+        """
+        # torch takes no read-only memory (Pillow's arrays) and no flipped views; a copy costs far less than the decode.
+        usable = image.flags.writeable and all(stride > 0 for stride in image.strides)
+        pixels = torch.from_numpy(image if usable else image.copy())
+        places = [(out, size) for part, (_, size, _) in zip(into, self._kinds(), strict=True) for out in part]
+        for (box, flip), (out, size) in zip(cuts, places, strict=True):
+            crop = resize_box(pixels, stored_box(box, displayed, image.shape[:2], orientation), size, scratch)
+            out.copy_(turned(crop[..., :3], orientation, flip))
+
+    def shrink(self, cuts: Sequence[Cut]) -> tuple[int, list[Cut]]:
+        """By how much (1, 2, 4 or 8) the sides of an image may be divided before cutting, so that every crop is still
+        made from at least as many pixels as it has; and the cuts on the grid of what is then left of the image (moved
+        by less than that factor: half a pixel beside its place, a crop would differ three times as much)."""
+        sizes = [size for number, size, _ in self._kinds() for _ in range(number)]
+        least = min(min(cut.box.height, cut.box.width) / size for cut, size in zip(cuts, sizes, strict=True))
+        factor = max(factor for factor in (1, 2, 4, 8) if factor <= max(least, 1))
+        return factor, [Cut(Box(*(side // factor * factor for side in cut.box)), cut.flip) for cut in cuts]
+
+    def _kinds(self) -> tuple[tuple[int, int, tuple[float, float]], ...]:
+        """(number, size, scale) of global and local crops."""
         return (
-            self._cut(pixels, 2, self.global_size, self.global_scale, rng),
-            self._cut(pixels, self.local_number, self.local_size, self.local_scale, rng),
+            (2, self.global_size, self.global_scale),
+            (self.local_number, self.local_size, self.local_scale),
         )
 
-    def _cut(
-        self, pixels: Tensor, number: int, size: int, scale: tuple[float, float], rng: np.random.Generator
-    ) -> Tensor:
-        crops = torch.empty((number, 3, size, size), dtype=torch.uint8)
-        for crop in crops:
-            box = random_box(pixels.shape[1], pixels.shape[2], scale, rng)
-            crop.copy_(resize_box(pixels, box, size, flip=bool(rng.random() < self.flip)))
-        return crops
+
+# EXIF orientation as (transpose, then mirror rows, then mirror columns) of the stored pixels.
+_TURNS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
+
+def stored_box(box: Box, displayed: tuple[int, int], stored: tuple[int, ...], orientation: int = 1) -> Box:
+    """Where a box of a picture of `displayed` (height, width) lies in its pixels as `stored` (height, width), which may
+    be fewer: ends are rounded to whole pixels, at least one apart."""
+    transpose, rows, columns = _TURNS.get(orientation, _TURNS[1])
+    top = displayed[0] - box.top - box.height if rows else box.top
+    left = displayed[1] - box.left - box.width if columns else box.left
+    ends = [(top, top + box.height, displayed[0]), (left, left + box.width, displayed[1])]
+    if transpose:
+        ends.reverse()
+    (top, height), (left, width) = (
+        _scaled(first, last, whole, here) for (first, last, whole), here in zip(ends, stored[:2], strict=True)
+    )
+    return Box(top, left, height, width)
+
+
+def _scaled(first: int, last: int, whole: int, here: int) -> tuple[int, int]:
+    """Start and length of first .. last of `whole` pixels where only `here` of them are left."""
+    if whole == here:
+        return first, last - first
+    start = min(round(first * here / whole), here - 1)
+    return start, max(round(last * here / whole) - start, 1)
+
+
+def turned(crop: Tensor, orientation: int, flip: bool) -> Tensor:
+    """A square crop [S, S, C] of stored pixels as displayed, mirrored left to right where `flip` says so."""
+    transpose, rows, columns = _TURNS.get(orientation, _TURNS[1])
+    if transpose:
+        crop = crop.transpose(0, 1)
+    axes = [axis for axis, mirrored in ((0, rows), (1, columns != flip)) if mirrored]
+    return crop.flip(axes) if axes else crop

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from dinov2cli.artifacts.embeddings import open_embeddings
-from dinov2cli.artifacts.selection import KEPT_COLUMNS, open_selection
+from dinov2cli.artifacts.selection import KEPT_COLUMNS, Selection, open_selection
 from dinov2cli.data.columns import integer_labels
 from dinov2cli.data.source import ImageSource, open_source
 from dinov2cli.data.spec import DataSpec, suggestion
@@ -48,6 +48,36 @@ class DerivedSource(ImageSource):
 
     def origin(self, row: int) -> tuple[str, int]:
         return self._sources[self._which[row]].origin(int(self._rows[row]))
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        return None if self._block_map is None else self._block_map[0]
+
+    @property
+    def keep(self) -> int | None:
+        return min((source.keep for source in self._sources if source.keep is not None), default=None)
+
+    def fetch(self, block: int) -> None:
+        if self._block_map is not None:
+            source, number = self._block_map[1][block]
+            self._sources[source].fetch(int(number))
+
+    @cached_property
+    def _block_map(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Boundaries of the rows here that share a block of a source, and (source, block) of each; None where a source
+        has no blocks, or where the rows do not follow them."""
+        found = [source.blocks for source in self._sources]
+        place = np.stack([self._which, np.empty_like(self._rows)], axis=1)
+        for number, boundaries in enumerate(found):
+            if boundaries is None:
+                return None
+            here = self._which == number
+            place[here, 1] = np.searchsorted(boundaries, self._rows[here], side="right") - 1
+        step = np.diff(place, axis=0)
+        if ((step[:, 0] < 0) | ((step[:, 0] == 0) & (step[:, 1] < 0))).any():
+            return None
+        starts = np.concatenate(([0], np.flatnonzero(step.any(axis=1)) + 1)).astype(np.int64)
+        return np.append(starts, len(self._rows)), place[starts]
 
     @cached_property
     def ids(self) -> list[str]:
@@ -91,14 +121,42 @@ class DerivedSource(ImageSource):
         return digest.hexdigest()
 
 
+class PackedSource(DerivedSource):
+    """The kept rows of a selection that holds its images itself: pixels from there, all else as in the table.
+
+    packed: the images below the selection, rows: int64 [n], where each row of the table is among them.
+    label_names: name of each value of the column `label`, when known.
+    """
+
+    def __init__(
+        self, spec: DataSpec, table: pa.Table, packed: ImageSource, rows: np.ndarray, label_names: list[str] | None
+    ) -> None:
+        super().__init__(spec, table, [packed], np.zeros(len(rows), dtype=np.int64), rows)
+        self._label_names = label_names
+
+    def has_role(self, role: str) -> bool:
+        return role == "image"
+
+    def origin(self, row: int) -> tuple[str, int]:
+        return self.spec, row  # what is made from it must not need the originals either
+
+    def _own_labels(self) -> tuple[np.ndarray, list[str] | None] | None:
+        if self._options.get("label"):
+            return super()._own_labels()
+        if "label" not in self._table.column_names:
+            return None
+        return integer_labels(self._table.column("label"), self._label_names, f"{self.spec}, column 'label'")
+
+
 def open_selected(spec: DataSpec) -> ImageSource:
-    """The kept images of a selection, read from the sources it points to.
+    """The kept images of a selection, read from the sources it points to, or from its own packed images if it has any.
 
     Raises:
-        InputError: unfinished, empty, or a source has moved or changed since.
+        InputError: unfinished, empty, a source has moved or changed since, or packed images are missing.
     """
     path = Path(spec.location)
-    kept = open_selection(path).kept
+    selection = open_selection(path)
+    kept = selection.kept
     absent = [name for name in KEPT_COLUMNS if name not in kept.column_names]
     if absent:
         raise InputError(
@@ -106,7 +164,11 @@ def open_selected(spec: DataSpec) -> ImageSource:
         )
     if not kept.num_rows:
         raise InputError(f"{path}: the selection kept no image; make it again with a wider choice")
-    return _pointing(spec, kept, path, "make the selection again")
+    return (
+        _pointing(spec, kept, path, "make the selection again")
+        if selection.packed is None
+        else _packed(spec, selection)
+    )
 
 
 def open_embedded(spec: DataSpec) -> ImageSource:
@@ -135,6 +197,27 @@ def open_embedded(spec: DataSpec) -> ImageSource:
         )
     rows = np.array([row_of[name] for name in names], dtype=np.int64)
     return DerivedSource(spec, table, [source], np.zeros(len(rows), dtype=np.int64), rows)
+
+
+def _packed(spec: DataSpec, selection: Selection) -> PackedSource:
+    assert selection.packed is not None
+    kept, place = selection.kept, selection.packed_path
+    cure = "copy it there again, or make the selection again with --overwrite"
+    if not place.is_dir():
+        raise InputError(f"{place} is missing, which holds the packed images of {selection.path}; {cure}")
+    if missing := selection.missing_shards():
+        raise InputError(f"{selection.path / missing[0]} is missing or not as long as it was written; {cure}")
+    packed = open_source(DataSpec("folder", str(place)))
+    if len(packed) != kept.num_rows:
+        raise InputError(f"{place} holds {len(packed)} images, expected the {kept.num_rows} of the selection; {cure}")
+    rows = np.arange(kept.num_rows, dtype=np.int64)
+    if selection.packed.format == "folder":  # loose files come in the order of their names
+        row_of = {name: row for row, name in enumerate(packed.ids)}
+        names = selection.packed.files.to_pylist()
+        if absent := [name for name in names if name not in row_of]:
+            raise InputError(f"{place}: {len(absent)} packed images are missing (first: {absent[0]}); {cure}")
+        rows = np.array([row_of[name] for name in names], dtype=np.int64)
+    return PackedSource(spec, kept, packed, rows, selection.packed.label_names)
 
 
 def _open_behind(text: str, path: Path) -> ImageSource:

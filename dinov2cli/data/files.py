@@ -4,35 +4,56 @@
 understand. The sorted list of paths goes into a `datasets.Dataset` instead.
 """
 
+import logging
 import os
+import re
+import stat
 from collections import Counter
 from functools import cached_property
+from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
 
+from dinov2cli.data.bad import BadImage
 from dinov2cli.data.source import ImageSource, hash_files
 from dinov2cli.data.spec import IMAGE_EXTENSIONS, PARQUET_EXTENSIONS, TAR_EXTENSIONS, DataSpec
-from dinov2cli.data.tables import read_file, split_files
 from dinov2cli.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# 16 bytes for each of the pixels that the pixel limit allows fit in; a larger "image" would only fill the memory.
+_MAX_FILE_BYTES = 4 << 30
+_UNPRINTABLE = re.compile(rb"[\x00-\x1f\x7f]|\\(?=x[0-9a-f]{2})")
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+}
 
 
 class FileSource(ImageSource):
-    """Image files on disk, named by their path below `root`."""
+    """Image files on disk, named by their path below `root`.
+
+    The ids of a folder never leave it; those of a list are paths as they were written, also absolute ones and ones that
+    begin with '..': whoever writes files named after ids must not join them to a folder.
+    """
 
     def __init__(self, spec: DataSpec, kind: str, root: str, names: list[str]) -> None:
         super().__init__(spec, kind)
         self._root = root
         # In Arrow, not as Python strings: forked workers share them without copying pages on reference counts.
         # As bytes: a file name need not be UTF-8.
-        files = pa.array([os.fsencode(name) for name in names], pa.large_binary())
+        files = pa.array(map(os.fsencode, names), pa.large_binary())
         self._files = datasets.Dataset(pa.table({"image": files}))
 
     def __len__(self) -> int:
         return len(self._files)
 
     def name(self, row: int) -> str:
-        return self._file(row).decode("utf-8", "backslashreplace")
+        return printable(self._file(row))
 
     def read(self, row: int, role: str = "image") -> bytes:
         del role
@@ -43,12 +64,13 @@ class FileSource(ImageSource):
 
     @cached_property
     def ids(self) -> list[str]:
-        files = self._files.data.column("image").to_pylist()
-        return [file.decode("utf-8", "backslashreplace") for file in files]
+        return [printable(file) for file in self._files.data.column("image").to_pylist()]
 
     @cached_property
     def paths(self) -> list[str]:
-        return [os.path.join(self._root, name) for name in self.ids]
+        root = os.fsencode(self._root)
+        files = self._files.data.column("image").to_pylist()
+        return [os.path.join(root, file).decode("utf-8", "backslashreplace") for file in files]
 
     def content_hash(self) -> str:
         root = os.fsencode(self._root)
@@ -59,74 +81,155 @@ class FileSource(ImageSource):
 def open_folder(spec: DataSpec) -> ImageSource:
     """Every image below a folder, sorted by path; a folder that holds only Parquet or tar files is opened as those.
 
+    Folders below it that cannot be opened are passed over and named in one warning.
+
     Raises:
-        InputError: nothing in it, or no images (the message counts what is there instead).
+        InputError: it cannot be opened, nothing in it, or no images (the message counts what is there instead).
     """
-    root = os.path.abspath(spec.location)
-    label = spec.options.get("label")
-    images, others = scan_folder(root)
-    if images:
-        for key in spec.options:
-            if key != "label":
-                raise InputError(
-                    f"{spec.location}: '{key}=' names a column, and a folder of images has none; "
-                    f"leave it out{', and give the sub-folder itself' if key == 'split' else ''}"
-                )
-        if label not in (None, "folder"):
-            raise InputError(
-                f"{spec.location}: a folder of images has no column '{label}'; its labels are ?label=folder"
-            )
-        return FileSource(spec, "folder", root, images)
-    parquet = [os.path.join(root, name) for name in others if name.lower().endswith(PARQUET_EXTENSIONS)]
+    root = _absolute(spec)
+    try:
+        found = scan_folder(root)
+    except OSError as error:
+        raise InputError(
+            f"{spec.location}: the folder cannot be opened ({error.strerror}); allow yourself to read it, "
+            "or give another one"
+        ) from error
+    if found.closed:
+        logger.warning("passed over %s", _folders(found.closed))
+    if found.images:
+        _refuse_columns(spec)
+        return FileSource(spec, "folder", root, found.images)
+    parquet = [os.path.join(root, name) for name in found.others if name.lower().endswith(PARQUET_EXTENSIONS)]
     if parquet:
-        from dinov2cli.data.tables import open_parquet
+        from dinov2cli.data.tables import open_parquet, split_files
 
         return open_parquet(spec, split_files(parquet, spec.options.get("split"), spec.location))
-    tars = [os.path.join(root, name) for name in others if name.lower().endswith(TAR_EXTENSIONS)]
+    tars = [os.path.join(root, name) for name in found.others if name.lower().endswith(TAR_EXTENSIONS)]
     if tars:
         from dinov2cli.data.tar import open_tar
 
+        _refuse_stream(spec, "tar shards")
         return open_tar(spec, tars)
-    if not others:
-        raise InputError(
-            f"{spec.location}: the folder is empty; expected images ({_some_extensions()}) in it or below it"
-        )
-    counts = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in others)
-    found = ", ".join(f"{count} {extension}" for extension, count in counts.most_common(5))
-    raise InputError(
-        f"{spec.location}: no image among its {len(others)} file{'s' if len(others) > 1 else ''} ({found}); "
-        f"expected {_some_extensions()}, .parquet or .tar"
-    )
+    raise InputError(f"{spec.location}: {_why_no_images(found)}")
 
 
-def scan_folder(root: str) -> tuple[list[str], list[str]]:
-    """(images, other files) below a folder as sorted paths relative to it, with '/' between parts.
+class Found(NamedTuple):
+    """What lies below a folder: paths relative to it, sorted, with '/' between parts.
 
-    Hidden files and folders and macOS' `__MACOSX` are passed over; linked folders are followed, each once.
+    images, others: files with and without the extension of an image. closed: 'name (reason)' of unreadable folders.
     """
-    images: list[str] = []
-    others: list[str] = []
-    seen = {os.path.realpath(root)}
-    for folder, folders, names in os.walk(root, followlinks=True):
-        kept = []
-        for child in sorted(folders):
-            if child.startswith(".") or child == "__MACOSX":
-                continue
-            path = os.path.join(folder, child)
-            if os.path.islink(path):
-                target = os.path.realpath(path)
-                if target in seen:
-                    continue
-                seen.add(target)
-            kept.append(child)
-        folders[:] = kept
-        below = os.path.relpath(folder, root)
-        prefix = "" if below == "." else below.replace(os.sep, "/") + "/"
-        for name in names:
-            if not name.startswith("."):
-                is_image = os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-                (images if is_image else others).append(prefix + name)
-    return sorted(images), sorted(others)
+
+    images: list[str]
+    others: list[str]
+    closed: list[str]
+
+
+def scan_folder(root: str) -> Found:
+    """List the files below a folder, without a look at the files themselves.
+
+    Hidden files and folders and macOS' `__MACOSX` are passed over. Linked folders are followed, but not where the walk
+    comes by anyway: so loops end, and no image is there twice because of a link to a folder.
+
+    Raises:
+        OSError: the folder itself cannot be opened.
+    """
+    found = Found([], [], [])
+    real_root = os.path.realpath(root)
+    walked = {real_root}
+    waiting = [("", real_root)]
+    while waiting:
+        below, real = waiting.pop()
+        folders = []
+        try:
+            with os.scandir(os.path.join(root, below)) as listing:
+                for entry in listing:
+                    name = entry.name
+                    if name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        folders.append(entry)
+                    elif name[name.rfind(".") :].lower() in IMAGE_EXTENSIONS:
+                        found.images.append(below + name)
+                    else:
+                        found.others.append(below + name)
+        except OSError as error:
+            if not below:
+                raise
+            found.closed.append(f"{printable(os.fsencode(below.rstrip('/')))} ({error.strerror})")
+        # In the order of names, for of several links to one folder the first is followed.
+        folders.sort(key=lambda entry: entry.name)
+        entered = ((entry.name, _enter(entry, real, walked)) for entry in folders)
+        waiting += reversed([(f"{below}{name}/", inside) for name, inside in entered if inside])
+    for names in found:
+        names.sort()
+    return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where one may not look: for the reader to explain
+        return False
+
+
+def _enter(entry: os.DirEntry[str], parent: str, walked: set[str]) -> str | None:
+    """Real path of a folder that the walk shall go into, or None.
+
+    walked: tops of the trees that are walked, the set's own and the targets of links; a followed link adds its target.
+    """
+    if entry.name == "__MACOSX":
+        return None
+    if not entry.is_symlink():
+        real = os.path.join(parent, entry.name)
+        return None if real in walked else real
+    top = real = os.path.realpath(entry.path)
+    while top not in walked and top != os.path.dirname(top):
+        top = os.path.dirname(top)
+    # What the walk passes over (a hidden store with links to its parts) it does not come by.
+    parts = os.path.relpath(real, top).split(os.sep) if real != top else []
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    if top in walked and not hidden:
+        return None
+    walked.add(real)
+    return real
+
+
+def read_file(path: str | bytes, name: str) -> bytes:
+    """Bytes of a regular file.
+
+    Raises:
+        BadImage: it is missing, unreadable, too large, or something else than a file; one file must not stop a run.
+    """
+    try:
+        # Not to wait for a writer where the name turns out to be a pipe.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            status = os.fstat(handle)
+            _refuse_others(status, name)
+            with open(handle, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(handle)
+    except FileNotFoundError as error:
+        link = os.path.islink(path)
+        raise BadImage(name, "a link to a file that does not exist" if link else "the file does not exist") from error
+    except OSError as error:
+        if os.path.exists(path):
+            _refuse_others(os.stat(path), name)  # a socket cannot even be opened
+        raise BadImage(name, f"cannot be opened ({error.strerror})") from error
+
+
+def _refuse_others(status: os.stat_result, name: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise BadImage(name, f"{_KINDS.get(stat.S_IFMT(status.st_mode), 'something else')}, not a file")
+    if status.st_size > _MAX_FILE_BYTES:
+        raise BadImage(name, f"{status.st_size / 2**30:.1f} GiB are more than the limit of {_MAX_FILE_BYTES >> 30} GiB")
+
+
+def printable(name: bytes) -> str:
+    """A file name as one line of text: control characters and what is not UTF-8 as '\\xHH'. No two names look alike."""
+    escaped = _UNPRINTABLE.sub(lambda match: b"\\x%02x" % match[0][0], name)
+    return escaped.decode("utf-8", "backslashreplace")
 
 
 def open_list(spec: DataSpec) -> ImageSource:
@@ -136,9 +239,9 @@ def open_list(spec: DataSpec) -> ImageSource:
     the first folder of each relative path is the label.
 
     Raises:
-        InputError: no path in it, none of them exists, or the file is not text.
+        InputError: no path in it, none of them exists, or the file is not text, or what it is called is none.
     """
-    path = os.path.abspath(spec.location)
+    path = _absolute(spec)
     root = os.path.dirname(path)
     label = spec.options.get("label")
     if label not in (None, "folder"):
@@ -165,6 +268,18 @@ def open_list(spec: DataSpec) -> ImageSource:
     return FileSource(spec, "list", root, names)
 
 
+def _absolute(spec: DataSpec) -> str:
+    path = os.path.abspath(spec.location)
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{printable(os.fsencode(path))}: this path is not UTF-8, so no manifest can name it; "
+            "rename it, or give a link to it (`ln -s`)"
+        ) from error
+    return path
+
+
 def _below(line: str, root: str) -> str:
     name = os.path.normpath(line)
     if os.path.isabs(name) and name.startswith(root + os.sep):
@@ -174,3 +289,40 @@ def _below(line: str, root: str) -> str:
 
 def _some_extensions() -> str:
     return ".jpg, .png, .webp, .tif, …"
+
+
+def _refuse_columns(spec: DataSpec) -> None:
+    label = spec.options.get("label")
+    _refuse_stream(spec, "images")
+    for key in spec.options:
+        if key != "label":
+            raise InputError(
+                f"{spec.location}: '{key}=' names a column, and a folder of images has none; "
+                f"leave it out{', and give the sub-folder itself' if key == 'split' else ''}"
+            )
+    if label not in (None, "folder"):
+        raise InputError(f"{spec.location}: a folder of images has no column '{label}'; its labels are ?label=folder")
+
+
+def _refuse_stream(spec: DataSpec, what: str) -> None:
+    if "stream" in spec.options:
+        raise InputError(
+            f"{spec.location}: stream= is for Parquet files, and this folder holds {what}, which are read where they "
+            "lie anyway; leave it out"
+        )
+
+
+def _why_no_images(found: Found) -> str:
+    if found.closed:
+        return f"no image found, passed over {_folders(found.closed)}; allow yourself to read what is below"
+    if not found.others:
+        return f"the folder is empty; expected images ({_some_extensions()}) in it or below it"
+    counts = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in found.others)
+    listed = ", ".join(f"{count} {extension}" for extension, count in counts.most_common(5))
+    files = f"{len(found.others)} file{'s' if len(found.others) > 1 else ''}"
+    return f"no image among its {files} ({listed}); expected {_some_extensions()}, .parquet or .tar"
+
+
+def _folders(closed: list[str]) -> str:
+    shown = ", ".join(closed[:3]) + (", …" if len(closed) > 3 else "")
+    return f"{len(closed)} folder{'s' if len(closed) > 1 else ''} that cannot be opened: {shown}"

@@ -14,10 +14,13 @@ import torch
 from dinov2cli.data.bad import BadImage, BadImages
 from dinov2cli.data.crop_loader import CropLoader
 from dinov2cli.data.decode import MAX_PIXELS, decode_image, resize_center_crop
+from dinov2cli.data.ring import Ring, forks
 from dinov2cli.data.source import ImageSource
-from dinov2cli.data.workers import worker_loader
+from dinov2cli.data.workers import DEADLY, Hand, Pool
 
 __all__ = ["Batch", "CropLoader", "Reading", "iterate_images", "read_ranges", "row_ranges"]
+
+_AHEAD = 2  # ranges per worker
 
 
 @dataclass
@@ -69,7 +72,16 @@ def read_ranges(
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Reading]:
     """One Reading per range, in order; the arguments are those of `iterate_images`. Counts and reports nothing."""
-    return worker_loader(_RangeReader(source, resize, crop, max_pixels), ranges, min(workers, len(ranges)))
+    workers = min(workers, len(ranges))
+    ahead = _AHEAD * workers
+    longest = max((stop - first for first, stop in ranges), default=0)
+    ring = Ring(ahead + 1, {"images": ((longest, 3, crop, crop), torch.uint8)}, forked=forks())
+    tasks = [(number % ring.slots, *rows) for number, rows in enumerate(ranges)]
+    found = Pool(_RangeReader(source, resize, crop, max_pixels, ring), workers, ahead=ahead).run(tasks)
+    for (slot, _, _), (table, digests, failures) in zip(tasks, found, strict=True):
+        # A copy: whoever asked for it may keep it, and the slot is soon written again.
+        images = ring.slot(slot)["images"][: len(table)].clone()
+        yield Reading(Batch(table[:, 0], images, table[:, 1], table[:, 2], digests), failures)
 
 
 def iterate_images(
@@ -109,29 +121,36 @@ def iterate_images(
 
 
 class _RangeReader:
-    """Turns (first, stop) into a Reading; runs in a worker."""
+    """Turns (slot, first, stop) into images in the ring, a table of (row, width, height), digests and failures; runs in
+    a worker."""
 
-    def __init__(self, source: ImageSource, resize: int, crop: int, max_pixels: int) -> None:
+    def __init__(self, source: ImageSource, resize: int, crop: int, max_pixels: int, ring: Ring) -> None:
         self._source = source
         self._resize = resize
         self._crop = crop
         self._max_pixels = max_pixels
+        self._ring = ring
 
-    def __getitem__(self, rows: tuple[int, int]) -> Reading:
-        images: list[torch.Tensor] = []
+    def name(self, item: int) -> str:
+        return self._source.name(item)
+
+    def __call__(self, task: tuple[int, int, int], hand: Hand) -> tuple[np.ndarray, list[str], list[tuple[str, str]]]:
+        slot, first, stop = task
+        images = self._ring.slot(slot)["images"]
         sizes: list[tuple[int, int, int]] = []
         digests: list[str] = []
         failures: list[tuple[str, str]] = []
-        for row in range(*rows):
+        for row in range(first, stop):
+            hand.hold(row)
             try:
+                if hand.deadly(row):
+                    raise BadImage(self._source.name(row), DEADLY)
                 data = self._source.read(row)
                 pixels = decode_image(data, name=self._source.name(row), max_pixels=self._max_pixels)
             except BadImage as error:
                 failures.append((error.name, error.reason))
                 continue
-            images.append(resize_center_crop(pixels, self._resize, self._crop))
+            images[len(sizes)] = resize_center_crop(pixels, self._resize, self._crop)
             sizes.append((row, pixels.shape[1], pixels.shape[0]))
             digests.append(hashlib.sha256(data).hexdigest())
-        table = np.array(sizes, dtype=np.int64).reshape(-1, 3)
-        stacked = torch.stack(images) if images else torch.empty(0, 3, self._crop, self._crop, dtype=torch.uint8)
-        return Reading(Batch(table[:, 0], stacked, table[:, 1], table[:, 2], digests), failures)
+        return np.array(sizes, dtype=np.int64).reshape(-1, 3), digests, failures

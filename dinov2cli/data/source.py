@@ -106,6 +106,29 @@ class ImageSource(ABC):
         """(DATA string, row) of the image where it really lies; for a selection that is the source behind it."""
         return self.spec, row
 
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """int64 [b+1], from 0 to n: boundaries of rows that lie together and are read cheaply one after another.
+
+        Tar shards, row groups of a stream; None where any order of reading costs the same. See `dinov2cli.data.order`.
+        """
+        return None
+
+    @property
+    def keep(self) -> int | None:
+        """Number of blocks that stay ready for reading at once; None where all do."""
+        return None
+
+    def fetch(self, block: int) -> None:
+        """Make the rows of one block ready ahead of their use; `read` does the same when it finds them not ready.
+
+        May be called from a thread in the background, beside `read` in any process.
+
+        Raises:
+            WorkError: the block cannot be fetched. `read` of its rows will say the same.
+        """
+        del block  # rows of most sources are always ready
+
     @abstractmethod
     def content_hash(self) -> str:
         """Hex digest that changes when the data change; cheap: reads names, sizes and times, not pixels."""

@@ -18,6 +18,8 @@ from dinov2cli.errors import InputError
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
     | {".pbm", ".pnm", ".jp2", ".avif", ".tga"}
+    # Pillow alone cannot read these: skipped and named, rather than passed over in silence.
+    | {".heic", ".heif", ".hif"}
 )
 TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 PARQUET_EXTENSIONS = (".parquet", ".pq")
@@ -29,11 +31,11 @@ DEMOS: dict[str, tuple[str, ...]] = {
     "digits": ("split", "count", "size"),
 }
 _KEYS: dict[str, tuple[str, ...]] = {
-    "folder": (*COLUMN_KEYS, "split"),
-    "parquet": (*COLUMN_KEYS, "split"),
+    "folder": (*COLUMN_KEYS, "split", "stream"),
+    "parquet": (*COLUMN_KEYS, "split", "stream"),
     "tar": COLUMN_KEYS,
     "list": ("label",),
-    "hub": (*COLUMN_KEYS, "split", "config", "revision"),
+    "hub": (*COLUMN_KEYS, "split", "config", "revision", "stream"),
     "selection": ("label", "group", "is_query"),
     "embeddings": ("label", "group", "is_query"),
 }
@@ -201,7 +203,7 @@ def _kind_on_disk(location: str) -> str:
 def _kind_of_directory(path: str) -> str:
     try:
         kind = read_manifest(path).kind if has_manifest(path) else "folder"
-    except InputError:  # somebody else's manifest.json: just another file
+    except (InputError, OSError):  # somebody else's manifest.json; a closed folder is told of later
         return "folder"
     if kind in _NOT_IMAGES:
         raise InputError(f"{path}: this is {_NOT_IMAGES[kind].format(path=path)}")

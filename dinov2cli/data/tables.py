@@ -1,11 +1,13 @@
-"""Sources whose rows lie in a `datasets.Dataset`: Parquet files and datasets of the Hugging Face hub.
+"""Sources whose rows lie in tables: Parquet files and datasets of the Hugging Face hub.
 
 `datasets` keeps an Arrow copy of them in its cache (HF_DATASETS_CACHE), which is what gives random access to rows.
+`dinov2cli.data.stream` reads the same files without that copy, by row group.
 """
 
 import errno
 import hashlib
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,39 +22,46 @@ import pyarrow.parquet as pq
 
 from dinov2cli.data.bad import BadImage
 from dinov2cli.data.columns import choose_columns, integer_labels, is_pixels
+from dinov2cli.data.files import read_file
 from dinov2cli.data.source import ImageSource, hash_files
 from dinov2cli.data.spec import DataSpec, is_local_hub, suggestion
 from dinov2cli.errors import InputError, WorkError
 
 _LABEL_NAMES = ("label", "cls")
+HUB_CURE = "check name, split and connection; private sets need `hf auth login`"
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev")
 
 
-class TableSource(ImageSource):
-    """Rows of a `datasets.Dataset` with one image column, and any others.
+class ColumnSource(ImageSource):
+    """Rows of a table with one image column, and any others: what they mean, wherever the table lies.
 
-    base: folder against which relative paths in the table are read.
+    features: `datasets.Features` of all columns. base: folder against which relative paths in the table are read.
     """
 
-    def __init__(self, spec: DataSpec, kind: str, dataset: datasets.Dataset, *, base: str, content_hash: str) -> None:
+    def __init__(self, spec: DataSpec, kind: str, features: datasets.Features, *, base: str) -> None:
         super().__init__(spec, kind)
         self._base = base
-        self._hash = content_hash
-        roles = choose_columns(dataset.features, spec.options, spec.location)
-        self._roles = roles
-        pixels = {name for name, feature in dataset.features.items() if is_pixels(feature)} | set(roles.values())
-        # One single-column view per role: reading a row must not fetch its neighbours' pixels.
-        self._pixels = {role: _undecoded(dataset.select_columns([name]), name) for role, name in roles.items()}
-        self._rest = dataset.select_columns([name for name in dataset.column_names if name not in pixels])
+        self._roles = choose_columns(features, spec.options, spec.location)
+        pixels = {name for name, feature in features.items() if is_pixels(feature)} | set(self._roles.values())
+        self._others = {name: feature for name, feature in features.items() if name not in pixels}
 
-    def __len__(self) -> int:
-        return len(self._rest) if self._rest.column_names else len(self._pixels["image"])
+    @abstractmethod
+    def _cell(self, row: int, role: str) -> Any:
+        """The cell that plays a role: bytes, a path, a dict of both, or None."""
+
+    @abstractmethod
+    def _arrow(self, names: list[str]) -> pa.Table:
+        """Some of the columns without pixels, whole."""
+
+    @abstractmethod
+    def _image_names(self) -> list[str | None]:
+        """File names that the image column gives beside or instead of the pixels; [] where it has none."""
 
     def has_role(self, role: str) -> bool:
         return role in self._roles
 
     def read(self, row: int, role: str = "image") -> bytes:
-        value = self._pixels[role][int(row)][self._roles[role]]
+        value = self._cell(int(row), role)
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         if value is None:
@@ -72,13 +81,9 @@ class TableSource(ImageSource):
 
     def _id_candidates(self) -> Iterator[list[Any]]:
         for name in ("id", "__key__", "key"):
-            if name in self._rest.column_names:
-                yield self._arrow(name).to_pylist()
-        column = self._pixels["image"].data.column(self._roles["image"])
-        if pa.types.is_struct(column.type):
-            yield pc.struct_field(column, "path").to_pylist()
-        elif pa.types.is_string(column.type):
-            yield column.to_pylist()
+            if name in self._others:
+                yield self._arrow([name]).column(name).to_pylist()
+        yield self._image_names()
 
     @cached_property
     def paths(self) -> list[str]:
@@ -87,18 +92,12 @@ class TableSource(ImageSource):
 
     @cached_property
     def columns(self) -> pa.Table:
-        drop = [name for name in ("id", "label") if name in self._rest.column_names]
-        names = [name for name in self._rest.column_names if name not in drop]
-        if not names:
-            return super().columns
-        return pa.table({name: self._arrow(name) for name in names})
-
-    def _arrow(self, name: str) -> pa.ChunkedArray:
-        return self._rest.with_format("arrow")[:].column(name)
+        names = [name for name in self._others if name not in ("id", "label")]
+        return self._arrow(names) if names else super().columns
 
     def _own_labels(self) -> tuple[np.ndarray, list[str] | None] | None:
         asked = self._options.get("label")
-        names = self._rest.column_names
+        names = list(self._others)
         if asked and asked not in names:
             raise InputError(
                 f"{self.spec}: no column '{asked}' for labels{suggestion(asked, names)}; "
@@ -107,27 +106,53 @@ class TableSource(ImageSource):
         name = asked or next((name for name in _LABEL_NAMES if name in names), None)
         if name is None:
             return None
-        feature = self._rest.features[name]
+        feature = self._others[name]
         known = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-        return integer_labels(self._arrow(name), known, f"{self.spec}, column '{name}'")
+        return integer_labels(self._arrow([name]).column(name), known, f"{self.spec}, column '{name}'")
+
+
+class TableSource(ColumnSource):
+    """Rows of a `datasets.Dataset`."""
+
+    def __init__(self, spec: DataSpec, kind: str, dataset: datasets.Dataset, *, base: str, content_hash: str) -> None:
+        super().__init__(spec, kind, dataset.features, base=base)
+        self._hash = content_hash
+        # One single-column view per role: reading a row must not fetch its neighbours' pixels.
+        self._pixels = {role: _undecoded(dataset.select_columns([name]), name) for role, name in self._roles.items()}
+        self._rest = dataset.select_columns(list(self._others))
+
+    def __len__(self) -> int:
+        return len(self._pixels["image"])
+
+    def _cell(self, row: int, role: str) -> Any:
+        return self._pixels[role][row][self._roles[role]]
+
+    def _arrow(self, names: list[str]) -> pa.Table:
+        return self._rest.with_format("arrow")[:].select(names)
+
+    def _image_names(self) -> list[str | None]:
+        return names_in_cells(self._pixels["image"].data.column(self._roles["image"]))
 
     def content_hash(self) -> str:
         return self._hash
 
 
 def open_parquet(spec: DataSpec, files: Sequence[str]) -> ImageSource:
-    """Parquet files, in the order given, as one source.
+    """Parquet files, in the order given, as one source: through an Arrow copy, or in place with `?stream=`.
 
     Raises:
         InputError: unreadable file, no image column.
     """
+    if "stream" in spec.options:
+        from dinov2cli.data.stream import asked_blocks, open_parquet_stream
+
+        if keep := asked_blocks(spec):
+            return open_parquet_stream(spec, files, keep)
     for path in files:
         try:
             schema = pq.read_schema(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"{path}: not a readable Parquet file ({_first_line(error)}); fetch or write it again"
-            ) from error
+            raise not_parquet(path, error) from error
         choose_columns(datasets.Features.from_arrow_schema(schema), spec.options, path)  # before anything is copied
     absolute = [os.path.abspath(path) for path in files]
     with reading(spec.location, "Parquet", "the files of one set must be whole and have the same columns"):
@@ -164,16 +189,20 @@ def split_files(files: Sequence[str], split: str | None, location: str) -> list[
 
 
 def open_hub(spec: DataSpec) -> ImageSource:
-    """A dataset of the Hugging Face hub, or a local copy of one (`hf:./copy`).
+    """A dataset of the Hugging Face hub, or a local copy of one (`hf:./copy`); read in place with `?stream=`.
 
     Raises:
         InputError: not found, not reachable, unknown split, no image column.
     """
+    if "stream" in spec.options:
+        from dinov2cli.data.stream import asked_blocks, open_hub_stream
+
+        if keep := asked_blocks(spec):
+            return open_hub_stream(spec, keep)
     name, options = spec.location, spec.options
     local = is_local_hub(name)
     wanted = options.get("split", "train")
-    cure = "check name, split and connection; private sets need `hf auth login`"
-    with reading(f"hf:{name}", "a dataset of the Hugging Face hub", cure):
+    with reading(f"hf:{name}", "a dataset of the Hugging Face hub", HUB_CURE):
         dataset = datasets.load_dataset(
             os.path.abspath(name) if local else name,
             options.get("config"),
@@ -184,17 +213,6 @@ def open_hub(spec: DataSpec) -> ImageSource:
     cached = [os.sep.join(Path(file["filename"]).parts[-4:]) for file in dataset.cache_files]
     digest = hashlib.sha256(repr((cached, len(dataset), dataset.info.dataset_size)).encode()).hexdigest()
     return TableSource(spec, "hub", dataset, base=name if local else ".", content_hash=digest)
-
-
-def read_file(path: str | bytes, name: str) -> bytes:
-    """Bytes of a file; a missing or unreadable one is a BadImage, for one file must not stop a run."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise BadImage(name, "the file does not exist") from error
-    except OSError as error:
-        raise BadImage(name, f"cannot be opened ({error.strerror})") from error
 
 
 @contextmanager
@@ -220,24 +238,42 @@ def reading(location: str, expected: str, cure: str) -> Iterator[None]:
         while chain is not None:
             if isinstance(chain, InputError):
                 raise chain from None
-            if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_no_space(chain):
                 raise WorkError(
                     f"{location}: no space left for the Arrow copy in {datasets.config.HF_DATASETS_CACHE}; "
                     "free some, or set HF_DATASETS_CACHE to a larger disk"
                 ) from error
             chain = chain.__cause__ or chain.__context__
-        raise InputError(f"{location}: could not be read as {expected} ({_first_line(error)}); {cure}") from error
+        raise InputError(f"{location}: could not be read as {expected} ({first_line(error)}); {cure}") from error
+
+
+def is_no_space(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def not_parquet(path: str, error: BaseException) -> InputError:
+    """The error for a file that cannot be read as Parquet."""
+    return InputError(f"{path}: not a readable Parquet file ({first_line(error)}); fetch or write it again")
+
+
+def names_in_cells(column: pa.ChunkedArray) -> list[str | None]:
+    """File names in an image column: the `path` of its structs or the strings themselves; [] where it has neither."""
+    if pa.types.is_struct(column.type):
+        return pc.struct_field(column, "path").to_pylist()
+    return column.to_pylist() if pa.types.is_string(column.type) else []
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _undecoded(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     if isinstance(dataset.features[column], datasets.Image):
         return dataset.cast_column(column, datasets.Image(decode=False))
     return dataset
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _escape(path: str) -> str:

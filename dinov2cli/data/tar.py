@@ -3,6 +3,9 @@
 The shards are indexed once (names, offsets and the small text members) through `datasets`, which caches the index;
 pixels are read in place by offset. `datasets`' own webdataset builder would copy every pixel into its cache, unpack
 .npy and .pth members on the way, and refuse shards in which the samples differ in their extensions.
+
+Nothing is unpacked, so no member name can do harm; ids are relative all the same ('../x.jpg' and '/x.jpg' are 'x'), for
+what is later written under them. What is an image by its name but no plain member is a sample that cannot be read.
 """
 
 import json
@@ -20,6 +23,7 @@ import pyarrow.compute as pc
 
 from dinov2cli.data.bad import BadImage
 from dinov2cli.data.columns import integer_labels
+from dinov2cli.data.files import printable
 from dinov2cli.data.source import PIXEL_ROLES, ImageSource, hash_files
 from dinov2cli.data.spec import IMAGE_EXTENSIONS, DataSpec, suggestion
 from dinov2cli.data.tables import reading
@@ -28,6 +32,14 @@ from dinov2cli.errors import InputError
 _MAX_OPEN_FILES = 64
 _MAX_TEXT_BYTES = 1 << 20
 _TEXT = ("txt", "text", "cls", "json")
+_INDEX_VERSION = 2  # of what `_index` yields: an index that `datasets` cached for an earlier one is not used
+# In place of the offset of a member without pixels of its own; -1 is for no member at all.
+_LINK, _SPARSE, _SPECIAL = -2, -3, -4
+_NO_PIXELS = {
+    _LINK: "a link inside the tar; pack the files themselves with `tar --dereference --hard-dereference`",
+    _SPARSE: "a sparse member, which cannot be read in place; pack it without `--sparse`",
+    _SPECIAL: "not a file but a pipe or a device",
+}
 _FEATURES = datasets.Features(
     {
         "shard": datasets.Value("int32"),
@@ -66,6 +78,10 @@ class TarSource(ImageSource):
     def __len__(self) -> int:
         return len(self._shards)
 
+    @property
+    def blocks(self) -> np.ndarray:
+        return np.searchsorted(self._shards, np.arange(len(self._files) + 1))
+
     def has_role(self, role: str) -> bool:
         return role in self._roles
 
@@ -76,6 +92,8 @@ class TarSource(ImageSource):
         offset, size = (int(value) for value in self._offsets[role][row])
         if size < 0:
             raise BadImage(self.name(row), f"the sample has no {role}")
+        if offset < 0:
+            raise BadImage(self.name(row), _NO_PIXELS[offset])
         try:
             data = os.pread(self._handle(int(self._shards[row])), size, offset)
         except OSError as error:
@@ -152,7 +170,7 @@ def open_tar(spec: DataSpec, files: Sequence[str]) -> ImageSource:
     """Tar shards, in the order given, as one source.
 
     Raises:
-        InputError: not a tar, cut short, compressed, or without images.
+        InputError: not a tar, cut short, damaged, compressed, or without images.
     """
     absolute = [os.path.abspath(file) for file in files]
     for file in absolute:
@@ -160,15 +178,20 @@ def open_tar(spec: DataSpec, files: Sequence[str]) -> ImageSource:
             raise InputError(
                 f"{file}: compressed shards cannot be read at random; unpack it first with `gunzip {file}`"
             )
+        if not os.path.isfile(file):
+            raise InputError(f"{file}: not a file; shards are read at random, a pipe or a folder cannot be")
     # One entry per shard; size and time are in it only so that the cached index of a changed file is not used.
     shards = [(number, file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for number, file in enumerate(absolute)]
     with reading(spec.location, "WebDataset shards", "fetch or write them again"):
-        index = datasets.Dataset.from_generator(_index, features=_FEATURES, gen_kwargs={"shards": shards})
+        index = datasets.Dataset.from_generator(
+            _index, features=_FEATURES, gen_kwargs={"shards": shards, "version": _INDEX_VERSION}
+        )
     return TarSource(spec, absolute, index)
 
 
-def _index(shards: list[tuple[int, str, int, int]]) -> Iterator[dict[str, Any]]:
+def _index(shards: list[tuple[int, str, int, int]], version: int) -> Iterator[dict[str, Any]]:
     """One row per sample. `datasets` may call this with any part of the shards: each carries its number."""
+    del version
     for number, path, _, _ in shards:
         empty = True
         try:
@@ -187,29 +210,56 @@ def _index(shards: list[tuple[int, str, int, int]]) -> Iterator[dict[str, Any]]:
 def _samples(shard: int, path: str, tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
     size = os.path.getsize(path)
     sample: dict[str, Any] = {}
+    current = None
+    seen: set[str] = set()
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-        if not member.isfile():
+        if member.isdir():
             continue
-        if member.offset_data + member.size > size:
-            raise tarfile.ReadError(f"it ends inside {member.name}")
-        folder, _, base = member.name.rpartition("/")
+        folder, _, base = printable(member.name.encode("utf-8", "surrogateescape")).rpartition("/")
         stem, dot, extension = base.partition(".")
         if not stem or not dot or "__MACOSX" in folder:
             continue
-        key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-        if sample and sample["key"] != key:
-            yield sample
-            sample = {}
-        if not sample:
-            sample = {"shard": shard, "key": key, "members": [], **dict.fromkeys(_TEXT)}
-        if extension in _TEXT and member.size <= _MAX_TEXT_BYTES:
+        offset = _offset(member)
+        if offset >= 0 and offset + member.size > size:
+            raise tarfile.ReadError(f"it ends inside {member.name}")
+        extension = extension.lower()
+        # The same name again is another image: tar files may be appended to.
+        if current != (folder, stem) or extension in seen:
+            if sample:
+                yield sample
+            sample = {"shard": shard, "key": _key(folder, stem), "members": [], **dict.fromkeys(_TEXT)}
+            current, seen = (folder, stem), set()
+        seen.add(extension)
+        if extension in _TEXT and offset >= 0 and member.size <= _MAX_TEXT_BYTES:
             content = tar.extractfile(member)
             assert content is not None
             sample[extension] = content.read().decode("utf-8", "replace").strip()
-        sample["members"].append({"extension": extension, "offset": member.offset_data, "size": member.size})
+        kept_size = member.size if offset >= 0 else 0
+        sample["members"].append({"extension": extension, "offset": offset, "size": kept_size})
+    _check_end(tar)
     if sample:
         yield sample
+
+
+def _offset(member: tarfile.TarInfo) -> int:
+    if member.islnk() or member.issym():
+        return _LINK
+    if not member.isfile():
+        return _SPECIAL
+    return _SPARSE if member.issparse() else member.offset_data
+
+
+def _key(folder: str, stem: str) -> str:
+    return "/".join([*(part for part in folder.split("/") if part not in ("", ".", "..")), stem])
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header for the end of the archive, which would lose all images behind it in silence."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
 
 
 def _locate(table: pa.Table, extension: str | None, roles: dict[str, str]) -> np.ndarray:

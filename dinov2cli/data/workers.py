@@ -1,43 +1,254 @@
-"""Worker processes for the loaders: how they start, what they ignore, how many there should be."""
+"""Worker processes for the loaders: how they start, what they ignore, what happens when one dies.
 
+Why not torch's DataLoader: when a worker dies it cannot say over which image, it raises from a signal handler in the
+middle of whatever the main process does (a training step), and the other workers' work is lost. Here a dead worker is
+replaced and its tasks are done again; results are small, for pixels go through `data/ring.py`.
+"""
+
+import logging
+import multiprocessing
 import os
 import signal
-import sys
+import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+
+from dinov2cli.data.ring import Ring, forks
+from dinov2cli.errors import WorkError
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 10
+DEADLY = "it killed the two workers that decoded it"
+"""Why an item that `Hand.deadly` knows is passed over."""
 
 
 class TaskReader(Protocol):
-    """Something that turns one task into one result, in any process, the same each time."""
+    """Something that turns one task into one (small) result, in any process, the same each time."""
 
-    def __getitem__(self, task: Any) -> Any: ...
+    def __call__(self, task: Any, hand: "Hand") -> Any: ...
+
+    def name(self, item: int) -> str:
+        """What to call an item that a worker had in hand when it died."""
+        ...
 
 
-def worker_loader(reader: TaskReader, tasks: Iterable[Any], workers: int, *, prefetch: int = 2) -> Iterator[Any]:
-    """Results of `reader[task]` in the order of `tasks` (which may be endless), computed by `workers` processes.
+class Hand:
+    """What one worker has in hand, where the main process can see it after the worker's death.
 
-    workers: 0 computes in this process. prefetch: results kept ready per worker, which bounds memory.
+    `killers`: items that killed their worker twice, to be passed over by all.
     """
-    options: dict[str, Any] = {}
-    if workers > 0:
-        # fork shares the source's tables; elsewhere it is unsafe, and everything given to a loader pickles.
-        method = "fork" if sys.platform.startswith("linux") else "spawn"
-        options = {"prefetch_factor": prefetch, "multiprocessing_context": method, "worker_init_fn": _start_worker}
-    return iter(
-        DataLoader(
-            reader,  # type: ignore[arg-type]  # torch asks for Dataset, uses __getitem__
-            sampler=tasks,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_is,
-            # Its own generator: a DataLoader draws a seed, which must not move the training's random state.
-            generator=torch.Generator(),
-            **options,
+
+    def __init__(self, shared: dict[str, torch.Tensor], worker: int) -> None:
+        self._notes, self._killers, self._worker = shared["notes"].numpy(), shared["killers"].numpy(), worker
+
+    def hold(self, item: int) -> None:
+        """Take an item in hand; -1 for none."""
+        self._notes[self._worker] = item
+
+    def deadly(self, item: int) -> bool:
+        """Whether an item is to be passed over."""
+        number = self._killers[0]
+        return number > 0 and item in self._killers[1 : number + 1]
+
+
+@dataclass
+class _Worker:
+    """A process, this side of its pipe, and the numbers and contents of the tasks it was given, oldest first."""
+
+    process: Any
+    pipe: Connection
+    tasks: deque[tuple[int, Any]] = field(default_factory=deque)
+
+
+class Pool:
+    """Results of `reader(task)` in the order of the tasks, computed by `workers` processes (0: in this one).
+
+    At most `ahead` tasks are given out before their results are asked for. A worker that dies is replaced and its tasks
+    are done again, so that a chance death changes nothing; an item that kills its worker a second time is passed over
+    from then on (`Hand.deadly`). More than `max_deaths` deaths stop the run.
+    """
+
+    def __init__(self, reader: TaskReader, workers: int, *, ahead: int, max_deaths: int = MAX_DEATHS) -> None:
+        self._reader, self._ahead, self._max_deaths = reader, max(ahead, workers), max_deaths
+        self._context = multiprocessing.get_context("fork" if forks() else "spawn")
+        # Enough places for killers: each costs two deaths.
+        layout = {"notes": ((max(workers, 1),), torch.int64), "killers": ((max_deaths + 2,), torch.int64)}
+        self._ring = Ring(1, layout, forked=forks())
+        self._shared = self._ring.slot(0)
+        self._notes, self._killers = self._shared["notes"], self._shared["killers"]
+        self._notes.fill_(-1)
+        self._deaths: list[str] = []
+        self._suspects: set[int] = set()
+        self._workers: list[_Worker] = []
+        self._number = workers
+
+    def run(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """Results in order. Raises what the reader raises, and WorkError when workers keep dying."""
+        if self._number == 0:
+            hand = Hand(self._shared, 0)
+            yield from (self._reader(task, hand) for task in tasks)
+            return
+        try:
+            for worker in range(self._number):
+                self._workers.append(self._start(worker))
+            yield from self._results(enumerate(tasks))
+        finally:
+            self._close()
+
+    def _results(self, tasks: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+        waiting: dict[int, Any] = {}
+        given = due = 0
+        more = True
+        while True:
+            while more and given - due < self._ahead:
+                task = next(tasks, None)
+                if task is None:
+                    more = False
+                    break
+                self._give(task)
+                given += 1
+            if due == given:
+                return
+            while due not in waiting:
+                waiting.update(self._collect())
+            result = waiting.pop(due)
+            due += 1
+            yield result
+
+    def _give(self, task: tuple[int, Any]) -> None:
+        """Hand a task to the worker with the fewest."""
+        worker = min(self._workers, key=lambda one: len(one.tasks))
+        worker.tasks.append(task)
+        try:
+            worker.pipe.send(task)
+        except OSError:  # it has just died: `_collect` finds that out and gives its tasks to the next
+            logger.debug("a worker is gone", exc_info=True)
+
+    def _collect(self) -> dict[int, Any]:
+        """Wait until something comes from a worker; the results that did, by task number."""
+        came: dict[int, Any] = {}
+        by_source: dict[Any, int] = {}
+        for index, worker in enumerate(self._workers):
+            by_source[worker.pipe] = by_source[worker.process.sentinel] = index
+        for index in sorted({by_source[source] for source in wait(list(by_source))}):
+            worker = self._workers[index]
+            try:
+                while worker.pipe.poll():
+                    number, kind, content = worker.pipe.recv()
+                    worker.tasks.popleft()
+                    if kind == "error":
+                        raise content
+                    came[number] = content
+            except (EOFError, ConnectionError):
+                self._replace(index)
+                continue
+            if not worker.process.is_alive() and not worker.pipe.poll():
+                self._replace(index)
+        return came
+
+    def _replace(self, index: int) -> None:
+        """Put a new worker in the place of a dead one, with its tasks. Raises WorkError after too many deaths."""
+        dead = self._workers[index]
+        dead.process.join()
+        item = int(self._notes[index])
+        how = _cause(dead.process.exitcode)
+        name = self._reader.name(item) if item >= 0 else "no image in hand"
+        self._deaths.append(f"{name} ({how})")
+        again = item in self._suspects
+        if item >= 0:
+            self._suspects.add(item)
+        if len(self._deaths) > self._max_deaths:
+            raise WorkError(
+                f"{len(self._deaths)} loader workers have died, the last over {self._deaths[-1]}; more than "
+                f"{self._max_deaths} are too many: remove such images, or lower --workers if memory is short"
+            )
+        if again:
+            count = int(self._killers[0])
+            self._killers[count + 1] = item
+            self._killers[0] = count + 1
+        following = "the image is passed over from now on" if again else "its work is done again by a new one"
+        logger.warning("a loader worker died (%s) over %s: %s", how, name, following)
+        self._notes[index] = -1
+        dead.pipe.close()
+        self._workers[index] = self._start(index)
+        for task in dead.tasks:
+            self._workers[index].tasks.append(task)
+            self._workers[index].pipe.send(task)
+
+    def _start(self, index: int) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        others = [worker.pipe for worker in self._workers if not worker.pipe.closed] if forks() else []
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=_work, args=(self._reader, theirs, self._ring, index, [ours, *others]), daemon=True
         )
-    )
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _close(self) -> None:
+        """End the workers at once: whatever they write is written aside, and nobody waits for their results."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+        self._workers.clear()
+
+
+def _work(reader: TaskReader, pipe: Connection, ring: Ring, index: int, inherited: list[Connection]) -> None:
+    """The life of a worker process: tasks until the pipe ends."""
+    if forks():
+        for other in inherited:  # or a worker would keep the pipes of its siblings open when the main process is gone
+            other.close()
+    _settle()
+    hand = Hand(ring.slot(0), index)
+    try:
+        while True:
+            number, task = pipe.recv()
+            try:
+                answer = (number, "result", reader(task, hand))
+            except Exception as error:
+                answer = (number, "error", _portable(error))
+            hand.hold(-1)
+            pipe.send(answer)
+    except (EOFError, ConnectionError):
+        return
+
+
+def _settle() -> None:
+    # A terminal sends Ctrl-C, and a scheduler SIGTERM or SIGUSR1, to every process of the job. The main process alone
+    # acts on them (it saves first, and then ends its workers); a worker that dies before would turn that into an error.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # One thread each: more would fight over cores, and OpenMP pools do not survive a fork.
+    torch.set_num_threads(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives the way to the main process, else its text."""
+    try:
+        multiprocessing.reduction.ForkingPickler.dumps(error)
+        error.add_note("in a loader worker:\n" + traceback.format_exc())
+        return error
+    except Exception:
+        return RuntimeError(f"in a loader worker:\n{traceback.format_exc()}")
+
+
+def _cause(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
 
 
 def default_workers(limit: int = 16) -> int:
@@ -48,18 +259,3 @@ def default_workers(limit: int = 16) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     cores //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(cores - 1, limit))
-
-
-def _as_is(result: Any) -> Any:
-    return result
-
-
-def _start_worker(worker: int) -> None:
-    del worker
-    # A terminal sends Ctrl-C, and a scheduler SIGTERM or SIGUSR1, to every process of the job. The main process alone
-    # acts on them (it saves first, and then ends its workers); a worker that dies before would turn that into an error.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # One thread each: more would fight over cores, and OpenMP pools do not survive a fork.
-    torch.set_num_threads(1)

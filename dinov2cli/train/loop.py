@@ -1,5 +1,6 @@
 """The training loop of one run directory: phases, metrics, checkpoints, resume, stop on signal."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dinov2cli.distributed import noticing_lost_ranks
 from dinov2cli.errors import DinoError, InputError, Preempted, WorkError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train import checkpoint
+from dinov2cli.train.feed import on_device
 from dinov2cli.train.monitor import Monitor, batch_statistics
 from dinov2cli.train.network import Network, SSLModel, prototypes_of
 from dinov2cli.train.parallel import Parallel
@@ -144,14 +146,8 @@ class Trainer:
         total = self._phase_total()
         if self.step - self.phase_step >= total:  # a finished run starts no workers
             return
-        batches = iter(self.phase.loader)
-        try:
+        with contextlib.closing(on_device(iter(self.phase.loader), self.parallel.device)) as batches:
             self._loop(batches, stop, total)
-        finally:
-            # End the workers now: they ignore signals, and a traceback would keep the iterator alive.
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()
 
     def _phase_total(self) -> int:
         return self.phase.length.update(self.step - self.phase_step, self.elapsed - self.phase_elapsed)

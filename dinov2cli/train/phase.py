@@ -9,7 +9,10 @@ from dinov2cli.train.schedules import RunLength, Schedules
 
 class BatchSource(Protocol):
     """Endless batches {"global_crops": uint8 [2, B, 3, S, S], "local_crops": uint8 [L, B, 3, s, s], "index": int64 [B],
-    "epoch": int64 [B]} that can go on from a position counted in batches handed out."""
+    "epoch": int64 [B]} that can go on from a position counted in batches handed out.
+
+    A batch holds until the next one is asked for: the source may write that over it.
+    """
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
 

@@ -113,8 +113,8 @@ class Stepper:
         """Train on `batch` (uint8 crops, see BatchSource). `seed` is the phase's; `told` sees the augmented crops."""
         device = self.parallel.device
         crops = self.augment(
-            batch["global_crops"].to(device, non_blocking=True),
-            batch["local_crops"].to(device, non_blocking=True),
+            batch["global_crops"].to(device),
+            batch["local_crops"].to(device),
             seed=seed,
             epoch=batch["epoch"],
             sample=batch["index"],

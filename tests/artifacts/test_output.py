@@ -219,7 +219,7 @@ def test_wrong_kind_names_the_command_to_use(tmp_path):
     with pytest.raises(InputError) as caught:
         require_kind(tmp_path / "out", "selection")
     assert str(caught.value) == (
-        f"{tmp_path / 'out'} is embeddings, expected a selection (made by dinov2 dedup or dinov2 curate); "
+        f"{tmp_path / 'out'} is embeddings, expected a selection (made by dinov2 dedup, curate or pack); "
         "give it to `dinov2 dedup` or `dinov2 curate`"
     )
 

@@ -10,8 +10,8 @@ import pytest
 from tests.cli.conftest import TINY
 
 COMMANDS = [
-    *("embed", "dedup", "curate", "pretrain", "export", "eval knn", "eval linear"),
-    *("demo", "info", "bench", "recipes"),
+    *("embed", "dedup", "curate", "pack", "pretrain", "export", "eval knn", "eval linear"),
+    *("demo", "doctor", "info", "bench", "recipes"),
 ]
 
 
@@ -42,7 +42,7 @@ def test_every_command_explains_itself(dinov2, command):
     assert len(done.out) > 300
 
 
-@pytest.mark.parametrize("command", ["embed", "dedup", "curate", "pretrain", "eval knn", "eval linear"])
+@pytest.mark.parametrize("command", ["embed", "dedup", "curate", "pack", "pretrain", "eval knn", "eval linear"])
 def test_common_options_are_the_same_everywhere(dinov2, command):
     text = dinov2(*command.split(), "--help").out
     common = "--config --set --dry-run --json --quiet --verbose --overwrite --workers --device --seed"
@@ -82,6 +82,7 @@ def test_dry_runs_write_nothing(dinov2, photos, tmp_path):
         "embed": ["embed", photos, "-m", "tiny"],
         "dedup": ["dedup", photos],
         "curate": ["curate", photos, "-m", "tiny", "--target-size", "20"],
+        "pack": ["pack", photos],
         "pretrain": ["pretrain", photos, *TINY],
         "demo": ["demo"],
         "eval": ["eval", "knn", "tiny", "--train", f"{photos}?label=folder", "--test", f"{photos}?label=folder"],
@@ -118,4 +119,4 @@ def test_recipes_are_listed_shown_copied_and_checked(dinov2, tmp_path):
 def test_bench_refuses_unknown_names(dinov2):
     done = dinov2("bench", "nothing")
     assert done.code == 2
-    assert re.search(r"no such benchmark; expected one of train, search, knn", done.err)
+    assert re.search(r"no such benchmark; expected one of data, train, search, knn", done.err)

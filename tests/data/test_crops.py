@@ -1,16 +1,18 @@
 """Multi-crop geometry: Pillow's resize, the distribution of boxes, and independence of everything but the key."""
 
+import io
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import stats
 from skimage import data as photographs
 
-from dinov2cli.data.crops import Box, MultiCrop, random_box, resize_box, sample_rng
+from dinov2cli.data.crops import Box, Cut, MultiCrop, Scratch, random_box, resize_box, sample_rng, stored_box, turned
+from dinov2cli.data.decode import Decoder, open_image
 from dinov2cli.errors import UserError
 
 
@@ -25,7 +27,7 @@ def test_resize_matches_pillow(photo, size, box):
     """Both round to whole levels between the two passes, not always in the same order: neither is better."""
     cut = photo[box.top : box.top + box.height, box.left : box.left + box.width]
     pillow = np.asarray(Image.fromarray(cut).resize((size, size), Image.Resampling.BICUBIC)).astype(float)
-    ours = resize_box(torch.from_numpy(photo).permute(2, 0, 1), box, size).permute(1, 2, 0).double().numpy()
+    ours = resize_box(torch.from_numpy(photo), box, size, Scratch()).double().numpy()
     floats = torch.from_numpy(cut.astype(np.float64)).permute(2, 0, 1)[None]
     exact = (
         F.interpolate(floats, (size, size), mode="bicubic", antialias=True)[0].clamp(0, 255).permute(1, 2, 0).numpy()
@@ -35,10 +37,23 @@ def test_resize_matches_pillow(photo, size, box):
     assert abs((ours - pillow).mean()) < 0.02
 
 
+def test_a_fourth_channel_changes_nothing(photo):
+    box, padded = Box(13, 57, 301, 222), np.dstack([photo, photo[..., :1]])
+    plain, four = (resize_box(torch.from_numpy(pixels), box, 98, Scratch()) for pixels in (photo, padded))
+    assert torch.equal(four[..., :3], plain)
+
+
+def test_scratch_is_used_again_and_grows(photo):
+    scratch, pixels = Scratch(), torch.from_numpy(photo)
+    boxes = [Box(0, 0, 20, 20), Box(0, 0, 300, 300), Box(7, 7, 60, 50)]
+    assert all(torch.equal(resize_box(pixels, b, 28, scratch), resize_box(pixels, b, 28, Scratch())) for b in boxes)
+    assert scratch.take(5, 5).data_ptr() == scratch.take(300, 300).data_ptr()
+
+
 def test_flip_mirrors_left_and_right(photo):
-    pixels = torch.from_numpy(photo).permute(2, 0, 1)
-    box = Box(10, 20, 200, 100)
-    assert torch.equal(resize_box(pixels, box, 56, flip=True), resize_box(pixels, box, 56).flip(2))
+    crop = resize_box(torch.from_numpy(photo), Box(10, 20, 200, 100), 56, Scratch())
+    assert torch.equal(turned(crop, 1, True), crop.flip(1))
+    assert torch.equal(turned(crop, 1, False), crop)
 
 
 class TestBoxes:
@@ -99,7 +114,7 @@ class TestMultiCrop:
         assert global_crops.shape == (2, 3, 56, 56)
         assert local_crops.shape == (4, 3, 28, 28)
         assert global_crops.dtype == local_crops.dtype == torch.uint8
-        assert global_crops.is_contiguous()
+        assert global_crops.permute(0, 2, 3, 1).is_contiguous()
         none = MultiCrop(local_number=0)(photo, 0, 0, 0)[1]
         assert none.shape == (0, 3, 98, 98)
 
@@ -177,3 +192,74 @@ class TestMultiCrop:
     def test_settings_out_of_range_are_refused(self, settings, message):
         with pytest.raises(UserError, match=message):
             MultiCrop(**settings)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+class TestOrientation:
+    """EXIF orientation is applied to boxes and crops; the crops are those of the upright picture."""
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("format", ["PNG", "JPEG"])
+    def test_crops_are_those_of_the_picture_as_displayed(self, photo, orientation, format):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(Image.fromarray(photo), format, exif=exif)
+        opened = open_image(data, name="x")
+        upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+        assert (opened.height, opened.width) == upright.shape[:2]
+        crop = MultiCrop(global_size=56, local_size=28, local_number=6)
+        cuts = crop.draw(opened.height, opened.width, 0, 0, 0)
+        assert {cut.flip for cut in cuts} == {True, False}
+        into = [torch.empty(2, 56, 56, 3, dtype=torch.uint8), torch.empty(6, 28, 28, 3, dtype=torch.uint8)]
+        stored = Decoder().stored(opened)
+        crop.cut(stored, cuts, (opened.height, opened.width), into, Scratch(), opened.orientation)
+        for ours, expected in zip(into, crop(upright, 0, 0, 0), strict=True):
+            difference = (ours.permute(0, 3, 1, 2).int() - expected.int()).abs()
+            assert difference.max() <= 4  # passes in the other order round otherwise
+            assert difference.float().mean() < 0.2
+
+    def test_unknown_orientations_are_upright(self):
+        assert stored_box(Box(1, 2, 3, 4), (9, 9), (9, 9), 77) == Box(1, 2, 3, 4)
+
+
+class TestShrink:
+    crops = MultiCrop(global_size=56, local_size=28, local_number=4)
+
+    @pytest.mark.parametrize(
+        ("least", "expected"), [(55, 1), (56, 1), (111, 1), (112, 2), (223, 2), (224, 4), (448, 8), (4000, 8)]
+    )
+    def test_every_crop_keeps_as_many_pixels_as_it_has(self, least, expected):
+        wide = Cut(Box(3, 5, 4000, 4000), False)
+        cuts = [Cut(Box(3, 5, 4000, least), True), *[wide] * 5]
+        factor, moved = self.crops.shrink(cuts)
+        assert factor == expected
+        assert all(side % factor == 0 for cut in moved for side in cut.box)
+        assert [cut.flip for cut in moved] == [cut.flip for cut in cuts]
+        assert moved[0].box.width // factor >= min(56, least)
+
+    def test_boxes_of_fewer_pixels(self):
+        assert stored_box(Box(8, 16, 40, 80), (100, 200), (25, 50)) == Box(2, 4, 10, 20)
+        assert stored_box(Box(97, 0, 3, 1), (100, 200), (13, 25)) == Box(12, 0, 1, 1)  # never empty, never outside
+
+    def test_crops_of_scaled_images_are_close(self):
+        """Within a level or so of those of the full image; half a pixel off its place would be three times that."""
+        photo = Image.fromarray(photographs.hubble_deep_field())
+        data, crop = encoded(photo, "JPEG", quality=92), self.crops
+        differences = []
+        for sample in range(10):
+            opened = open_image(data, name="x")
+            factor, cuts = crop.shrink(crop.draw(opened.height, opened.width, 0, 0, sample))
+            assert factor > 1
+            made = []
+            for shrink in (1, factor):
+                into = [torch.empty(2, 56, 56, 3, dtype=torch.uint8), torch.empty(4, 28, 28, 3, dtype=torch.uint8)]
+                opened = open_image(data, name="x")
+                crop.cut(Decoder().stored(opened, shrink), cuts, (opened.height, opened.width), into, Scratch())
+                made.append(torch.cat([part.flatten() for part in into]).float())
+            differences.append(float((made[0] - made[1]).abs().mean()))
+        assert 0 < np.mean(differences) < 2

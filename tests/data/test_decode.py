@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from skimage import data as photographs
 
 from dinov2cli.data import decode
 from dinov2cli.data.bad import BadImage
-from dinov2cli.data.decode import decode_image, probe_size, resize_center_crop
+from dinov2cli.data.decode import Decoder, decode_image, open_image, resize_center_crop
+from dinov2cli.data.jpeg import turbo, turbo_pixels
 
 
 def file_of(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -39,7 +41,8 @@ def test_exif_orientation_is_applied(orientation):
         8: np.rot90(stored_HWC, 1),
     }[orientation]
     np.testing.assert_array_equal(rgb(data), shown)
-    assert probe_size(data) == (shown.shape[1], shown.shape[0])
+    opened = open_image(data, name="x")
+    assert (opened.height, opened.width, opened.orientation) == (*shown.shape[:2], orientation)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -168,3 +171,106 @@ def test_extreme_shapes_stay_small_and_central(monkeypatch):
     assert resize_center_crop(np.zeros((1, 1, 3), np.uint8), 16, 16).shape == (3, 16, 16)
     with pytest.raises(ValueError, match="crop 32 is larger than the resized side 16"):
         resize_center_crop(image, 16, 32)
+
+
+def photo(size: tuple[int, int] = (333, 251)) -> Image.Image:
+    return Image.fromarray(photographs.coffee()).resize(size, Image.Resampling.BICUBIC)
+
+
+def jpegs() -> dict[str, bytes]:
+    """JPEG files of every kind that cameras and web sites make."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = {f"subsampling {s}": file_of(photo(), "JPEG", quality=90, subsampling=s) for s in (0, 1, 2)}
+    return kinds | {
+        "progressive": file_of(photo(), "JPEG", progressive=True),
+        "grey": file_of(photo().convert("L"), "JPEG"),
+        "turned": file_of(photo(), "JPEG", exif=exif),
+        "stored as RGB": file_of(photo(), "JPEG", keep_rgb=True),
+        "one pixel": file_of(photo((1, 1)), "JPEG"),
+        "two pictures": file_of(photo(), "MPO", save_all=True, append_images=[photo((20, 10))]),
+        "low quality": file_of(photo(), "JPEG", quality=5),
+    }
+
+
+@pytest.mark.skipif(turbo() is None, reason="simplejpeg is not installed")
+class TestTurbo:
+    """The optional JPEG decoder gives Pillow's pixels bit for bit, and leaves what is unusual to Pillow."""
+
+    @pytest.mark.parametrize("kind", list(jpegs()))
+    @pytest.mark.parametrize("shrink", [1, 2, 4, 8])
+    def test_same_pixels(self, kind, shrink, monkeypatch):
+        data = jpegs()[kind]
+        pixels = Decoder().stored(open_image(data, name="x"), shrink)[..., :3].copy()
+        monkeypatch.setattr(decode, "turbo_pixels", lambda *_: None)
+        plain = Decoder().stored(open_image(data, name="x"), shrink)[..., :3]
+        width, height = Image.open(io.BytesIO(data)).size
+        assert pixels.shape == plain.shape == (-(-height // shrink), -(-width // shrink), 3)
+        np.testing.assert_array_equal(pixels, plain)
+
+    def test_it_is_used(self):
+        image = Image.open(io.BytesIO(jpegs()["progressive"]))
+        assert turbo_pixels(jpegs()["progressive"], image.format, image.mode, image.size) is not None
+
+    def test_damage_is_judged_by_pillow(self):
+        """Stray bytes between the parts of a file are accepted, a missing end is not, with or without."""
+        data = jpegs()["subsampling 0"]
+        stray = data[:-2] + bytes(3) + data[-2:]
+        np.testing.assert_array_equal(rgb(stray), rgb(data))
+        with pytest.raises(BadImage, match="truncated file"):
+            Decoder().stored(open_image(data[: len(data) // 2], name="x"))
+
+    def test_other_formats_and_colours_are_not_its_business(self):
+        for data in (file_of(photo()), file_of(photo().convert("CMYK"), "JPEG")):
+            image = Image.open(io.BytesIO(data))
+            assert turbo_pixels(data, image.format, image.mode, image.size) is None
+            assert rgb(data).shape == (251, 333, 3)
+
+
+def test_the_environment_can_ask_for_pillow(monkeypatch):
+    turbo.cache_clear()
+    monkeypatch.setenv("DINOV2_JPEG", "pillow")
+    assert turbo() is None
+    turbo.cache_clear()
+
+
+class TestDecoder:
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_stored_pixels_are_not_turned(self, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = Decoder().stored(open_image(file_of(photo(), exif=exif), name="x"))
+        np.testing.assert_array_equal(stored[..., :3], np.asarray(photo()))
+
+    @pytest.mark.parametrize("size", [(20, 30), (700, 900)])  # copied, and read where Pillow has it
+    def test_an_array_stays_whole_while_others_are_decoded(self, size):
+        decoder, images = Decoder(), [photo(size), photo(size).rotate(180)]
+        kept = [decoder.stored(open_image(file_of(image), name="x")) for image in images]
+        for pixels, image in zip(kept, images, strict=True):
+            np.testing.assert_array_equal(pixels[..., :3], np.asarray(image))
+            assert pixels.flags.writeable
+
+    def test_large_images_are_read_in_place(self):
+        assert Decoder().stored(open_image(file_of(photo((700, 900))), name="x")).shape == (900, 700, 4)
+        assert Decoder().stored(open_image(file_of(photo((2100, 2100)), "BMP"), name="x")).shape == (2100, 2100, 4)
+
+    def test_memory_is_used_again(self):
+        if turbo() is None:
+            pytest.skip("simplejpeg is not installed")
+        decoder, data = Decoder(), file_of(photo(), "JPEG")
+        first, second = (decoder.stored(open_image(data, name="x")) for _ in range(2))
+        assert first.ctypes.data == second.ctypes.data
+
+    def test_other_formats_ignore_shrink(self):
+        assert Decoder().stored(open_image(file_of(photo()), name="x"), 4).shape[:2] == (251, 333)
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, marked = file_of(photo()), file_of(photo(), exif=exif)
+    at = marked.index(b"eXIf") - 4
+    chunk = marked[at : at + 12 + int.from_bytes(marked[at : at + 4], "big")]
+    end = plain.index(b"IEND") - 4
+    opened = open_image(plain[:end] + chunk + plain[end:], name="x")
+    assert (opened.orientation, opened.height, opened.width) == (6, 333, 251)

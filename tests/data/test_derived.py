@@ -7,7 +7,10 @@ import pytest
 from dinov2cli.artifacts.embeddings import EmbeddingsWriter
 from dinov2cli.artifacts.output import Output
 from dinov2cli.artifacts.selection import write_selection
+from dinov2cli.bench.input_path import InMemory
+from dinov2cli.data.derived import DerivedSource
 from dinov2cli.data.source import open_source
+from dinov2cli.data.spec import DataSpec
 from dinov2cli.errors import InputError
 
 
@@ -140,3 +143,52 @@ def test_embeddings_directory_gives_the_images_behind_it(tmp_path, picture_folde
     (picture_folder / "dog/2.png").rename(picture_folder / "dog/3.png")
     with pytest.raises(InputError, match="run `dinov2 embed` again"):
         open_source(str(path))
+
+
+class Blocky(InMemory):
+    """Images in memory, in blocks of ten rows."""
+
+    def __init__(self, rows: int, keep: int | None) -> None:
+        super().__init__([b"x"] * rows)
+        self.kept, self.fetched = keep, []
+
+    @property
+    def blocks(self):
+        return np.arange(0, len(self) + 1, 10)
+
+    @property
+    def keep(self):
+        return self.kept
+
+    def fetch(self, block: int) -> None:
+        self.fetched.append(block)
+
+
+class TestBlocks:
+    """A selection of what lies in blocks lies in blocks too: of fewer rows."""
+
+    @staticmethod
+    def make(places, keeps=(None, None), sources=None) -> DerivedSource:
+        sources = sources or [Blocky(30, keeps[0]), Blocky(20, keeps[1])]
+        which, rows = (np.array(values, dtype=np.int64) for values in zip(*places, strict=True))
+        table = pa.table({"id": [str(number) for number in range(len(rows))]})
+        return DerivedSource(DataSpec("demo", "photos"), table, sources, which, rows)
+
+    def test_boundaries_are_those_behind(self):
+        source = self.make([(0, 1), (0, 9), (0, 25), (0, 20), (1, 3), (1, 4), (1, 19)], keeps=(8, 5))
+        assert source.blocks.tolist() == [0, 2, 4, 6, 7]
+        assert source.keep == 5
+        for block in range(4):
+            source.fetch(block)
+        assert [behind.fetched for behind in source._sources] == [[0, 2], [0, 1]]
+        assert pickle.loads(pickle.dumps(source)).blocks.tolist() == [0, 2, 4, 6, 7]
+
+    def test_rows_out_of_order_have_none(self):
+        assert self.make([(0, 25), (0, 1)]).blocks is None
+        assert self.make([(1, 3), (0, 1)]).blocks is None
+        assert self.make([(0, 25), (0, 1)], keeps=(4, 4)).keep == 4
+
+    def test_nor_has_a_selection_over_files(self):
+        source = self.make([(0, 1), (1, 0)], sources=[Blocky(30, 8), InMemory([b"x"])])
+        assert source.blocks is None
+        source.fetch(0)

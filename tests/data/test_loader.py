@@ -37,7 +37,8 @@ def numbered(tmp_path, encode):
 
 
 def take(loader: CropLoader, n: int) -> list[dict[str, torch.Tensor]]:
-    return [batch for _, batch in zip(range(n), loader, strict=False)]
+    """Copies of n batches: what the loader gives holds until the next one is asked for."""
+    return [{name: value.clone() for name, value in batch.items()} for _, batch in zip(range(n), loader, strict=False)]
 
 
 def same(a, b) -> bool:

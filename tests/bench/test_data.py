@@ -1,0 +1,79 @@
+"""The input path's benchmark: every figure is there, and the reference makes the same crops. No timing is asserted."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data as photographs
+
+from dinov2cli.bench.data import lines, run
+from dinov2cli.bench.input_path import sample_of
+from dinov2cli.bench.pillow_pipeline import pillow_sample
+from dinov2cli.data.augment import IMAGENET_STD, Augment
+from dinov2cli.data.crops import MultiCrop
+from dinov2cli.data.decode import decode_image, open_image
+from dinov2cli.data.source import open_source
+from dinov2cli.errors import InputError
+
+SMALL = MultiCrop(global_size=48, local_size=24, local_number=2)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return run("cpu", 0, "demo:photos?count=40", images=8, arch=None, crop=SMALL, rounds=1)
+
+
+def test_every_figure_is_there(figures):
+    assert set(figures["parts"]) == {"read", "decode", "crop", "colour", "transfer"}
+    assert all(value > 0 for value in figures["parts"].values())
+    for name in ("images_per_s", "speedup", "speedup_crops", "speedup_on_cpu", "pillow_ms", "loader_gain"):
+        assert figures[name] > 0
+    assert figures["crop_bytes"] == 3 * (2 * 48**2 + 2 * 24**2)
+    assert figures["pillow_ms"] > figures["pillow_crops_ms"]
+    assert "model" not in figures and "mixing" not in figures
+
+
+def test_people_read_the_same_figures(figures):
+    text = "\n".join(lines(figures))
+    assert f"a worker makes {figures['images_per_s']:.0f} images/s and hands on 17 kB each" in text
+    assert "all of it on the CPU" in text
+
+
+def test_a_model_says_how_many_workers_it_needs(monkeypatch):
+    found = run("cpu", 0, "demo:photos?count=40", images=4, arch="tiny", crop=MultiCrop(32, 16, 2), rounds=1)
+    model = found["model"]
+    assert model["workers"] == int(np.ceil(model["images_per_s"] / found["images_per_s"]))
+    assert 0 < model["colour_share"] < 1
+    assert model["gflop"] > 0 and "tiny trains" in "\n".join(lines(found))
+
+
+def test_images_can_be_enlarged_to_camera_files():
+    sample = sample_of(open_source("demo:photos?count=40"), 2, 0.5)
+    assert len(sample.files) == 2 and sample.pixels == pytest.approx(5e5, rel=0.01)
+    assert open_image(sample.files[0], name="x").image.format == "JPEG"
+
+
+def test_a_set_without_readable_images_is_refused(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"junk")
+    with pytest.raises(InputError, match="none of the 1 images looked at can be read"):
+        sample_of(open_source(str(tmp_path)), 5, None)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee"])
+def test_the_reference_makes_the_same_crops(name):
+    """Same boxes, flips and colours: what is left are Pillow's roundings, its coarse hues and its box-built blur."""
+    buffer = io.BytesIO()
+    Image.fromarray(getattr(photographs, name)()).save(buffer, "JPEG", quality=95)
+    data, crop, augment = buffer.getvalue(), MultiCrop(), Augment()
+    for sample in range(6):
+        expected = pillow_sample(data, crop, augment, seed=3, epoch=1, sample=sample)
+        crops = crop(decode_image(data, name="x"), 3, 1, sample)
+        one = np.array([sample])
+        ours = augment(crops[0][:, None], crops[1][:, None], seed=3, epoch=one * 0 + 1, sample=one)
+        mine = [image for part in ours for image in part[:, 0]]
+        deviation = torch.tensor(IMAGENET_STD)[:, None, None] * 255
+        for image, reference in zip(mine, expected, strict=True):
+            difference = ((image - torch.from_numpy(reference)) * deviation).abs()
+            assert difference.mean() < 4  # of 255

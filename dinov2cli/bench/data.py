@@ -34,10 +34,12 @@ from dinov2cli.data.source import ImageSource, open_source
 from dinov2cli.data.visits import Visits
 from dinov2cli.device import choose_device, choose_precision
 
-DEFAULT_DATA = "demo:photos?count=400"
+DEFAULT_DATA, DEFAULT_MEGAPIXELS = "demo:photos?count=400", 0.19
+"""Photographs that need no download, at the size of ImageNet's."""
 _PACK_SIZE = 512
-_LARGE = 24
-"""Images looked at where they are made large: each takes a tenth of a second of Pillow."""
+_PIXELS = 75e6
+"""Pixels looked at where images are made large: Pillow takes a tenth of a second for each few million."""
+_AHEAD_BATCH = 64
 
 
 def run(
@@ -59,11 +61,16 @@ def run(
     decode and crop, for colours are the device's), `speedup_crops` (both without colours), `speedup_on_cpu` (both with,
     on a CPU), `memory_ratio` (bytes handed on per image), `scaled` and `packed` (decode and crop of JPEGs decoded at a
     part of their size, or packed at 512 pixels before), `loader` (images/s by workers) with `loader_gain` (2 over 1),
-    `model` (rate of a training step of `arch` on `device`, None leaves it out, and the workers it needs).
+    `batches_mib` (memory of batches made ahead), `model` (rate of a training step of `arch` on `device`, None leaves it
+    out, and the workers it needs).
     """
     where, crop = choose_device(device), crop or MultiCrop()
-    source = open_source(data or DEFAULT_DATA)
-    sample = sample_of(source, images if megapixels is None else min(images, _LARGE), megapixels)
+    if data is None:
+        data, megapixels = DEFAULT_DATA, megapixels or DEFAULT_MEGAPIXELS
+    source = open_source(data)
+    if megapixels is not None:
+        images = min(images, max(8, int(_PIXELS / (megapixels * 1e6))))
+    sample = sample_of(source, images, megapixels)
     with one_thread():
         ours, plain = _by_turns(sample.files, crop, seed, rounds)
         scaled = _best(lambda: stage_times(sample.files, crop, seed, scaled=True), rounds)
@@ -72,7 +79,7 @@ def run(
     colour = colour_cpu if where.type == "cpu" else colour_time(crop, where, seed, rounds)
     decode, cut = ours
     fed = source if megapixels is None else InMemory(sample.files)
-    loader, hand_over = _loaders(fed, crop, seed, where)
+    loader, hand_over = _loaders(fed, crop, seed, where, rounds)
     figures: dict[str, Any] = {
         "data": source.spec,
         "images": len(sample.files),
@@ -93,11 +100,12 @@ def run(
         "speedup": plain[1] / (decode + cut),
         "speedup_crops": plain[0] / (decode + cut),
         "speedup_on_cpu": plain[1] / (decode + cut + colour_cpu),
-        "memory_ratio": 0.25,  # bytes of uint8 crops over float32 ones, which the reference hands on
+        "memory_ratio": crop_bytes(crop) / _pillow_bytes(sample.files[0], crop, seed),
         "scaled": {"decode": scaled[0], "crop": scaled[1], "gain": (decode + cut) / sum(scaled)},
         "packed": packed | {"gain": (decode + cut) / (packed["decode"] + packed["crop"])},
         "loader": loader,
         "loader_gain": loader["2"] / loader["1"],
+        "batches_mib": _ahead_mib(fed, crop),
         "device": str(where),
     }
     if arch is not None:
@@ -128,6 +136,11 @@ def _by_turns(
     return min(ours, key=sum), (first, second)
 
 
+def _pillow_bytes(data: bytes, crop: MultiCrop, seed: int) -> int:
+    """What the reference hands on for one image."""
+    return sum(image.nbytes for image in pillow_sample(data, crop, Augment(), seed=seed, epoch=0, sample=0))
+
+
 def _best(measure: Callable[[], tuple[float, float]], rounds: int) -> tuple[float, float]:
     return min((measure() for _ in range(rounds)), key=sum)
 
@@ -139,19 +152,27 @@ def _packed(files: list[bytes], crop: MultiCrop, seed: int, rounds: int) -> dict
     return {"decode": decode, "crop": cut, "file_bytes": float(np.mean([len(data) for data in small]))}
 
 
-def _loaders(source: ImageSource, crop: MultiCrop, seed: int, device: torch.device) -> tuple[dict[str, float], float]:
-    """Images/s of the loader with one and two workers, and milliseconds of the main process per image."""
+def _loaders(
+    source: ImageSource, crop: MultiCrop, seed: int, device: torch.device, turns: int
+) -> tuple[dict[str, float], float]:
+    """Images/s of the loader with one and two workers, best of `turns`, and milliseconds of the main process each."""
     rates: dict[str, list[float]] = {"1": [], "2": []}
     own = math.inf
-    for _ in range(3):
+    for _ in range(turns):
         for workers in rates:
             loader = CropLoader(
                 source, crop=crop, batch_size=BATCH, seed=seed, workers=int(workers), bad=BadImages(1.0)
             )
-            rate, busy = loader_rate(loader, device)
+            rate, busy = loader_rate(loader, device, seconds=1.2)
             rates[workers].append(rate)
             own = min(own, busy)
     return {workers: max(values) for workers, values in rates.items()}, own
+
+
+def _ahead_mib(source: ImageSource, crop: MultiCrop) -> float:
+    """MiB that the batches made ahead take, at a batch of 64 and for up to as many workers."""
+    loader = CropLoader(source, crop=crop, batch_size=_AHEAD_BATCH, seed=0, workers=16)
+    return loader.memory_bytes() / 2**20
 
 
 def _needs(arch: str, device: torch.device, crop: MultiCrop, figures: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +221,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"packed at {_PACK_SIZE} pixels: decode {f['packed']['decode']:.2f} ms, crop {f['packed']['crop']:.2f} ms, "
         f"{f['packed']['file_bytes'] / 1e3:.1f} kB a file, together {f['packed']['gain']:.1f}x",
         f"loader: {f['loader']['1']:.0f} images/s with 1 worker, {f['loader']['2']:.0f} with 2 "
-        f"({f['loader_gain']:.2f}x)",
+        f"({f['loader_gain']:.2f}x); {f['batches_mib']:.0f} MiB for batches of {_AHEAD_BATCH} made ahead",
     ]
     if "model" in f:
         m = f["model"]
@@ -217,3 +238,29 @@ def lines(figures: dict[str, Any]) -> list[str]:
             f"{x['exact_blocks']:.1f}), {x['same_block']:.1%} of its pairs from one block ({x['exact_same_block']:.1%})"
         )
     return text
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """Figures of several runs side by side, as Markdown; `runs` by the title of their column."""
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "decode": lambda f: f"{f['parts']['decode']:.2f} ms",
+        "crop": lambda f: f"{f['parts']['crop']:.2f} ms",
+        "colour, blur, solarise, normalise, here on the CPU": lambda f: f"{f['parts']['colour']:.2f} ms",
+        "handing over, in the main process": lambda f: f"{f['parts']['transfer']:.2f} ms",
+        "images/s of a worker (decode and crop)": lambda f: f"{f['images_per_s']:.0f}",
+        "the same in Pillow alone": lambda f: f"{f['pillow_ms']:.1f} ms",
+        "- without its colours": lambda f: f"{f['pillow_crops_ms']:.1f} ms",
+        "speed-up of decode and crop over all of Pillow's": lambda f: f"{f['speedup']:.1f}×",
+        "- over Pillow without colours": lambda f: f"{f['speedup_crops']:.1f}×",
+        "- of all of it on the CPU": lambda f: f"{f['speedup_on_cpu']:.1f}×",
+        "decode + crop with `data.scaled_decode`": lambda f: _pair(f["scaled"]),
+        "decode + crop of images packed at 512 pixels": lambda f: _pair(f["packed"]),
+        "2 workers over 1": lambda f: f"{f['loader_gain']:.2f}×",
+    }
+    lines = [["per image, one core", *runs], ["---"] * (1 + len(runs))]
+    lines += [[name, *(show(figures) for figures in runs.values())] for name, show in rows.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _pair(times: dict[str, float]) -> str:
+    return f"{times['decode']:.2f} + {times['crop']:.2f} ms"

@@ -115,7 +115,7 @@ def colour_time(crop: MultiCrop, device: torch.device, seed: int, rounds: int) -
     return 1e3 * best / BATCH
 
 
-def loader_rate(loader: CropLoader, device: torch.device, seconds: float = 1.5) -> tuple[float, float]:
+def loader_rate(loader: CropLoader, device: torch.device, seconds: float) -> tuple[float, float]:
     """(images/s, milliseconds of this process' own time per image) once the batches made ahead are used up."""
     batches = iter(loader)
     with contextlib.closing(batches):  # type: ignore[type-var]

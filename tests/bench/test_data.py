@@ -31,6 +31,7 @@ def test_every_figure_is_there(figures):
     for name in ("images_per_s", "speedup", "speedup_crops", "speedup_on_cpu", "pillow_ms", "loader_gain"):
         assert figures[name] > 0
     assert figures["crop_bytes"] == 3 * (2 * 48**2 + 2 * 24**2)
+    assert figures["memory_ratio"] == 0.25  # bytes and floats
     assert figures["pillow_ms"] > figures["pillow_crops_ms"]
     assert "model" not in figures and "mixing" not in figures
 

@@ -18,7 +18,7 @@ OWNED = {
     "yaml": ("recipe.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "dinov2cli.config": ("cli/",),
+    "dinov2cli.config": ("cli/", "config/"),
     "dinov2cli.cli": ("cli/", "__main__.py"),
     "torchvision": (),
     "timm": (),

@@ -19,7 +19,7 @@ from dinov2cli.data.decode import MAX_PIXELS, Decoder, open_image
 from dinov2cli.data.ring import Ring, forks
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.visits import Shuffle, Visits
-from dinov2cli.data.workers import DEADLY, MAX_DEATHS, Hand, Pool
+from dinov2cli.data.workers import DEADLY, MAX_DEATHS, MOST_TASKS, Hand, Pool
 from dinov2cli.errors import InputError
 
 _REPLACEMENT_TRIES = 100
@@ -85,7 +85,7 @@ class CropLoader:
         # Parts small enough that all workers share a batch, and large enough that handing them out costs nothing.
         self._part = min(math.ceil(batch_size / max(workers, 1)), _LARGEST_PART)
         self._parts = math.ceil(batch_size / self._part)
-        self._ahead = max(prefetch * self._parts, 2 * workers)
+        self._ahead = min(max(prefetch * self._parts, 2 * workers), MOST_TASKS * workers)
 
     def state_dict(self) -> dict[str, int]:
         """Images consumed so far, over all ranks; batches made ahead by workers do not count."""
@@ -130,7 +130,7 @@ class CropLoader:
 
     def _ring_slots(self) -> int:
         """Batches that parts given out ahead can belong to, the oldest of them being put together."""
-        return 1 if self._workers == 0 else 1 + (self._parts - 1 + max(self._ahead, self._workers)) // self._parts
+        return 1 if self._workers == 0 else 1 + (self._parts - 1 + self._ahead) // self._parts
 
     def _ring(self) -> Ring:
         return Ring(self._ring_slots(), self._layout(), forked=forks())

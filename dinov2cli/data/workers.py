@@ -24,6 +24,8 @@ from dinov2cli.errors import WorkError
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 10
+MOST_TASKS = 32
+"""Tasks that a worker may have at a time."""
 DEADLY = "it killed the two workers that decoded it"
 """Why an item that `Hand.deadly` knows is passed over."""
 
@@ -75,7 +77,9 @@ class Pool:
     """
 
     def __init__(self, reader: TaskReader, workers: int, *, ahead: int, max_deaths: int = MAX_DEATHS) -> None:
-        self._reader, self._ahead, self._max_deaths = reader, max(ahead, workers), max_deaths
+        self._reader, self._max_deaths = reader, max_deaths
+        # Never so many that a pipe could be full: main process and worker would wait for each other for ever.
+        self._ahead = min(max(ahead, workers), MOST_TASKS * max(workers, 1))
         self._context = multiprocessing.get_context("fork" if forks() else "spawn")
         # Enough places for killers: each costs two deaths.
         layout = {"notes": ((max(workers, 1),), torch.int64), "killers": ((max_deaths + 2,), torch.int64)}

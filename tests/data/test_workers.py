@@ -79,6 +79,19 @@ def test_no_more_is_asked_for_than_ahead(workers, ahead, most):
         assert len(taken) - done <= most
 
 
+class Wordy(Squares):
+    """Answers that fill a pipe."""
+
+    def __call__(self, task: list[int], hand: Hand) -> bytes:
+        return bytes(len(task) * 100)
+
+
+def test_full_pipes_never_stop_both_sides():
+    """Many tasks far ahead, each of some kilobytes, with answers of megabytes."""
+    tasks = [list(range(500))] * 200
+    assert [len(found) for found in Pool(Wordy(), 2, ahead=10_000).run(tasks)] == [50_000] * 200
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_keep_their_kind(workers):
     results = Pool(Squares(refuses=[3]), workers, ahead=4).run(range(9))

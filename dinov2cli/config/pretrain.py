@@ -1,146 +1,10 @@
-"""Recipes as data: the settings of every command, each with its default and its bounds; `recipe.py` loads them.
+"""Settings of `dinov2 pretrain`, a section for each part of the method."""
 
-Plain values only; the command line turns them into keyword arguments, so no core room ever sees a config object.
-"""
+from typing import Annotated, ClassVar, Literal
 
-from typing import Annotated, Any, ClassVar, Literal
+from pydantic import Field, model_validator
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(gt=0)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(gt=0.0)]
-AmountOrZero = Annotated[float, Field(ge=0.0)]
-Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
-
-
-Auto = Literal["auto"]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class CommonConfig(Section):
-    """Keys of every command. What never changes a result is no part of its identity (see `identity`)."""
-
-    seed: CountOrZero = 0
-    workers: CountOrZero | None = None
-    device: str = "auto"
-
-    def identity(self) -> dict[str, Any]:
-        """Return the resolved settings that shape the result, as plain JSON values."""
-        never = dict.fromkeys(("workers", "device", "log", "checkpoint", "parallel", "max_bad_fraction"), True)
-        # The first is exact, the second only ends a run, the third may change where a run goes on (it says so).
-        savers = {"activation_checkpointing", "max_bad_steps", "precision"}
-        rest = {"data": {"max_bad_fraction", "max_worker_deaths", "global_batch_size"}, "train": savers}
-        content = self.model_dump(mode="json", exclude={**never, **rest})
-        # Keys younger than some runs count only where they ask for something: those runs go on.
-        for name, default in _YOUNGER.items():
-            section, key = name.split(".")
-            if section in content and content[section].get(key) == default:
-                del content[section][key]
-        return content
-
-
-_YOUNGER = {"data.scaled_decode": False, "data.shuffle": "auto", "data.window": 16}
-
-
-class EmbedConfig(CommonConfig):
-    """Settings of `dinov2 embed`. `image_size` replaces the model's own preprocessing size."""
-
-    model: str | None = None
-    pool: Literal["cls", "mean", "cls+mean"] = "cls"
-    patch: bool = False
-    normalize: bool = True
-    image_size: Count | None = None
-    batch_size: Count = 64
-    shard_size: Count = 8192
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    max_bad_fraction: Share = 0.01
-
-
-class PackConfig(CommonConfig):
-    """Settings of `dinov2 pack`, and of the same after a choice: None packs nothing. `pack_quality` is that of JPEG."""
-
-    pack: Literal["parquet", "webdataset", "folder"] | None = None
-    pack_size: Count = 512
-    pack_quality: Annotated[int, Field(ge=1, le=100)] = 95
-    pack_shard_mib: Amount = 256.0
-    max_bad_fraction: Share = 0.01
-
-
-class DedupConfig(PackConfig):
-    """Settings of `dinov2 dedup`: edges from each tier, then one image kept per component.
-
-    `tiers` None runs what the input allows; thresholds None are those of the kind of model. `hash_radius` counts
-    differing bits of 256.
-    """
-
-    tiers: list[Literal["exact", "perceptual", "embedding"]] | None = None
-    hash_radius: CountOrZero | None = None
-    threshold: Cosine | None = None
-    against_threshold: Cosine | None = None
-    against_components: bool = False
-    neighbours: Count = 64
-    nprobe: Count = 16
-    max_component: Count = 1000
-    index: str = "auto"
-    model: str | None = None
-
-
-class CurateConfig(PackConfig):
-    """Settings of `dinov2 curate`: retrieval with `--query`, balanced sampling without.
-
-    `neighbours` per query image (sample mode), `clusters` of the pool (cluster mode), `levels` of the tree (without
-    query, finest first). A cluster is used when it holds more than `more_than` images of a query set.
-    """
-
-    mode: Literal["auto", "sample", "cluster", "balanced"] = "auto"
-    target_size: Count | None = None
-    neighbours: Count = 4
-    nprobe: Count = 64
-    clusters: Count | None = None
-    more_than: CountOrZero = 3
-    per_cluster: Count = 10_000
-    per_set: Count = 1_000_000
-    levels: list[Count] | None = None
-    resample_steps: CountOrZero = 3
-    iterations: Count = 20
-    strategy: Literal["random", "closest"] = "random"
-    index: str = "auto"
-    model: str | None = None
-
-
-class EvalConfig(CommonConfig):
-    """Settings shared by the evaluations of frozen features."""
-
-    image_size: Count | None = None
-    batch_size: Count = 64
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    max_bad_fraction: Share = 0.01
-
-
-class KnnConfig(EvalConfig):
-    """Settings of `dinov2 eval knn`."""
-
-    neighbours: list[Count] = [10, 20, 100, 200]
-    temperature: Amount = 0.07
-    pool: Literal["cls", "mean", "cls+mean"] = "cls"
-
-
-class LinearConfig(EvalConfig):
-    """Settings of `dinov2 eval linear`; learning rates are per 256 images, `steps` None is about ten passes."""
-
-    learning_rates: list[Amount] = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
-    blocks: list[Count] = [1, 4]
-    steps: Count | None = None
-    train_batch_size: Count = 128
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+from dinov2cli.config.common import Amount, AmountOrZero, Auto, CommonConfig, Count, CountOrZero, Section, Share
 
 
 class DataSection(Section):
@@ -370,7 +234,7 @@ class PretrainConfig(CommonConfig):
     drop_path: ScopeSection = ScopeSection()
     parallel: ParallelSection = ParallelSection()
     train: TrainSection = TrainSection()
-    phases: list[PhaseSection] = []
+    phases: list[PhaseSection] = Field([])
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     eval: EvalSection = EvalSection()

@@ -1,0 +1,21 @@
+"""Recipes as data: the settings of every command, each with its default and its bounds; `recipe.py` loads them.
+
+Plain values only; the command line turns them into keyword arguments, so no core room ever sees a config object.
+"""
+
+from dinov2cli.config.common import CommonConfig
+from dinov2cli.config.evaluation import EvalConfig, KnnConfig, LinearConfig
+from dinov2cli.config.images import CurateConfig, DedupConfig, EmbedConfig, PackConfig
+from dinov2cli.config.pretrain import PretrainConfig
+
+__all__ = [
+    "CommonConfig",
+    "CurateConfig",
+    "DedupConfig",
+    "EmbedConfig",
+    "EvalConfig",
+    "KnnConfig",
+    "LinearConfig",
+    "PackConfig",
+    "PretrainConfig",
+]

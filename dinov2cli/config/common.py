@@ -1,0 +1,46 @@
+"""What the settings of all commands have in common: bounds of values, and what makes a result the result it is."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(gt=0.0)]
+AmountOrZero = Annotated[float, Field(ge=0.0)]
+Cosine = Annotated[float, Field(ge=-1.0, le=1.0)]
+
+
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CommonConfig(Section):
+    """Keys of every command. What never changes a result is no part of its identity (see `identity`)."""
+
+    seed: CountOrZero = 0
+    workers: CountOrZero | None = None
+    device: str = "auto"
+
+    def identity(self) -> dict[str, Any]:
+        """Return the resolved settings that shape the result, as plain JSON values."""
+        never = dict.fromkeys(("workers", "device", "log", "checkpoint", "parallel", "max_bad_fraction"), True)
+        # The first is exact, the second only ends a run, the third may change where a run goes on (it says so).
+        savers = {"activation_checkpointing", "max_bad_steps", "precision"}
+        rest = {"data": {"max_bad_fraction", "max_worker_deaths", "global_batch_size"}, "train": savers}
+        content = self.model_dump(mode="json", exclude={**never, **rest})
+        # Keys younger than some runs count only where they ask for something: those runs go on.
+        for name, default in _YOUNGER.items():
+            section, key = name.split(".")
+            if section in content and content[section].get(key) == default:
+                del content[section][key]
+        return content
+
+
+_YOUNGER = {"data.scaled_decode": False, "data.shuffle": "auto", "data.window": 16}

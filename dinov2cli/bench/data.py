@@ -16,13 +16,14 @@ from dinov2cli.bench.input_path import (
     InMemory,
     colour_time,
     crop_bytes,
+    crops_of,
     loader_rate,
     one_thread,
     sample_of,
     stage_times,
 )
 from dinov2cli.bench.pillow_pipeline import pillow_crops, pillow_sample
-from dinov2cli.bench.train import Case, Step, case_flops, time_by_turns
+from dinov2cli.bench.train import training_rate
 from dinov2cli.data.augment import Augment
 from dinov2cli.data.bad import BadImages
 from dinov2cli.data.crop_loader import CropLoader
@@ -32,7 +33,7 @@ from dinov2cli.data.order import mixing
 from dinov2cli.data.pack import pack_image
 from dinov2cli.data.source import ImageSource, open_source
 from dinov2cli.data.visits import Visits
-from dinov2cli.device import choose_device, choose_precision
+from dinov2cli.device import choose_device
 
 DEFAULT_DATA, DEFAULT_MEGAPIXELS = "demo:photos?count=400", 0.19
 """Photographs that need no download, at the size of ImageNet's."""
@@ -64,7 +65,7 @@ def run(
     `batches_mib` (memory of batches made ahead), `model` (rate of a training step of `arch` on `device`, None leaves it
     out, and the workers it needs).
     """
-    where, crop = choose_device(device), crop or MultiCrop()
+    where, crop = choose_device(device), crop or (MultiCrop() if arch is None else crops_of(arch))
     if data is None:
         data, megapixels = DEFAULT_DATA, megapixels or DEFAULT_MEGAPIXELS
     source = open_source(data)
@@ -157,12 +158,10 @@ def _loaders(
 ) -> tuple[dict[str, float], float]:
     """Images/s of the loader with one and two workers, best of `turns`, and milliseconds of the main process each."""
     rates: dict[str, list[float]] = {"1": [], "2": []}
-    own = math.inf
+    own, bad = math.inf, BadImages(1.0)
     for _ in range(turns):
         for workers in rates:
-            loader = CropLoader(
-                source, crop=crop, batch_size=BATCH, seed=seed, workers=int(workers), bad=BadImages(1.0)
-            )
+            loader = CropLoader(source, crop=crop, batch_size=BATCH, seed=seed, workers=int(workers), bad=bad)
             rate, busy = loader_rate(loader, device, seconds=1.2)
             rates[workers].append(rate)
             own = min(own, busy)
@@ -177,12 +176,7 @@ def _ahead_mib(source: ImageSource, crop: MultiCrop) -> float:
 
 def _needs(arch: str, device: torch.device, crop: MultiCrop, figures: dict[str, Any]) -> dict[str, Any]:
     """The rate of a training step of `arch` here, the workers that keep up with it, and colour's share of a step."""
-    precision = choose_precision("auto", device, training=True)[0]
-    batch = 64 if device.type == "cuda" else 4
-    sizes = crop.global_size, crop.local_size, crop.local_number
-    step = Step(Case(arch, batch, 65536, *sizes, 0.3, precision, str(device), 0), plain=False)
-    rate = batch / min(time_by_turns([step], 2)[0])
-    flops = case_flops(step) / batch
+    rate, flops = training_rate(arch, device, crop)
     return {
         "arch": arch,
         "images_per_s": rate,

@@ -19,8 +19,10 @@ from dinov2cli.data.decode import Decoder, decode_image, open_image
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.spec import DataSpec
 from dinov2cli.errors import InputError
+from dinov2cli.models.registry import architecture
 
 BATCH = 32
+_FULL, _LOCAL, _TINY = 224, 98, 128
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ class InMemory(ImageSource):
 
     def content_hash(self) -> str:
         return ""
+
+
+def crops_of(arch: str) -> MultiCrop:
+    """The crops that a model is trained on: 224 and 98 pixels, in whole patches; 32 and 16 of the CPU's tiny one.
+
+    Raises UserError for an unknown name.
+    """
+    shape = architecture(arch)
+    patch = shape["patch_size"]
+    if shape["embed_dim"] <= _TINY:
+        return MultiCrop(max(32 // patch, 1) * patch, max(16 // patch, 1) * patch, 4)
+    return MultiCrop(_FULL // patch * patch, _LOCAL // patch * patch)
 
 
 def crop_bytes(crop: MultiCrop) -> int:

@@ -12,11 +12,10 @@ from typing import Literal
 
 import torch
 
-from dinov2cli.bench.input_path import BATCH, loader_rate, one_thread, sample_of, stage_times
-from dinov2cli.bench.train import Case, Step, time_by_turns
+from dinov2cli.bench.input_path import BATCH, crops_of, loader_rate, one_thread, sample_of, stage_times
+from dinov2cli.bench.train import training_rate
 from dinov2cli.data.bad import BadImages
 from dinov2cli.data.crop_loader import CropLoader
-from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.jpeg import turbo
 from dinov2cli.data.source import open_source
 from dinov2cli.data.workers import default_workers
@@ -126,9 +125,8 @@ def _resources() -> Iterator[Finding]:
 
 def _feeding(device: torch.device, data: str, arch: str | None) -> Finding:
     """Whether the workers of this machine keep up with a model."""
-    gpu = device.type == "cuda"
-    arch = arch or ("vits14" if gpu else "tiny")
-    crop = MultiCrop(32, 16, 4) if arch == "tiny" else MultiCrop()
+    arch = arch or ("vits14" if device.type == "cuda" else "tiny")
+    crop = crops_of(arch)
     source = open_source(data)
     sample = sample_of(source, 64, None)
     with one_thread():
@@ -137,12 +135,7 @@ def _feeding(device: torch.device, data: str, arch: str | None) -> Finding:
     workers = default_workers()
     loader = CropLoader(source, crop=crop, batch_size=BATCH, seed=0, workers=workers, bad=BadImages(1.0))
     supply, _ = loader_rate(loader, device, seconds=1.0)
-    precision = choose_precision("auto", device, training=True)[0]
-    batch = 64 if gpu or arch == "tiny" else 4
-    prototypes = 65536 if arch != "tiny" else 1024
-    sizes = crop.global_size, crop.local_size, crop.local_number
-    step = Step(Case(arch, batch, prototypes, *sizes, 0.0, precision, str(device), 0), plain=False)
-    demand = batch / min(time_by_turns([step], 2)[0])
+    demand, _ = training_rate(arch, device, crop)
     found = (
         f"{workers} worker{'s give' if workers > 1 else ' gives'} {supply:.0f} images/s "
         f"({sample.pixels / 1e6:.2g} megapixels each), {arch} takes {demand:.0f}"

@@ -25,6 +25,7 @@ from dinov2cli.train.optim import build_optimizer, clip_gradients
 from dinov2cli.train.parallel import setup
 from dinov2cli.train.ssl import Objective, loss_terms, student_views, teacher_targets
 
+SMALL = 64  # pixels of a global crop
 TEMPERATURE, LR, MOMENTUM, CLIP = 0.05, 1e-4, 0.99, 3.0
 PARTS = ("data wait", "augment", "teacher", "student backbone", "heads and losses", "backward", "optimizer", "ema")
 
@@ -172,6 +173,16 @@ class Step:
         """Until the device is done."""
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize(self.parallel.device)
+
+
+def training_rate(arch: str, device: torch.device, crop: MultiCrop) -> tuple[float, float]:
+    """(images/s, FLOP per image) of a training step of `arch` with these crops, drop path 0.3 and a batch that fits."""
+    precision = setup(str(device)).precision
+    small = crop.global_size < SMALL
+    batch = 64 if small or device.type == "cuda" else 4
+    sizes = crop.global_size, crop.local_size, crop.local_number
+    step = Step(Case(arch, batch, 1024 if small else 65536, *sizes, 0.3, precision, str(device), 0), plain=False)
+    return batch / min(time_by_turns([step], 2)[0]), case_flops(step) / batch
 
 
 def make_batch(case: Case, patch_size: int, device: torch.device) -> dict[str, Tensor]:

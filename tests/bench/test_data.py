@@ -9,13 +9,13 @@ from PIL import Image
 from skimage import data as photographs
 
 from dinov2cli.bench.data import lines, run
-from dinov2cli.bench.input_path import sample_of
+from dinov2cli.bench.input_path import crops_of, sample_of
 from dinov2cli.bench.pillow_pipeline import pillow_sample
 from dinov2cli.data.augment import IMAGENET_STD, Augment
 from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.decode import decode_image, open_image
 from dinov2cli.data.source import open_source
-from dinov2cli.errors import InputError
+from dinov2cli.errors import InputError, UserError
 
 SMALL = MultiCrop(global_size=48, local_size=24, local_number=2)
 
@@ -48,6 +48,20 @@ def test_a_model_says_how_many_workers_it_needs(monkeypatch):
     assert model["workers"] == int(np.ceil(model["images_per_s"] / found["images_per_s"]))
     assert 0 < model["colour_share"] < 1
     assert model["gflop"] > 0 and "tiny trains" in "\n".join(lines(found))
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes"),
+    [("vits14", (224, 98, 8)), ("vitb16", (224, 96, 8)), ("vits7", (224, 98, 8)), ("tiny", (32, 16, 4))],
+)
+def test_crops_are_those_a_model_is_trained_on(arch, sizes):
+    crop = crops_of(arch)
+    assert (crop.global_size, crop.local_size, crop.local_number) == sizes
+
+
+def test_unknown_models_are_refused_before_anything_is_measured():
+    with pytest.raises(UserError, match="unknown architecture 'nothing'"):
+        run("cpu", 0, "demo:photos?count=40", arch="nothing")
 
 
 def test_images_can_be_enlarged_to_camera_files():

@@ -134,7 +134,7 @@ class PackWriter:
             "copied": pc.sum(index.column("copied")).as_py() or 0,
             "bytes_before": pc.sum(index.column("bytes_before")).as_py() or 0,
             "bytes_after": pc.sum(index.column("bytes_after")).as_py() or 0,
-            "shards": len(self._parts),
+            "shards": sum(part.column(PATH_COLUMN).null_count < part.num_rows for part in self._parts),
         }
 
     def _write_shard(self, images: Iterator[PackedImage | str]) -> None:
@@ -194,7 +194,14 @@ class PackWriter:
                     f"{path} lists other images than are to be packed now; start over with --overwrite, "
                     "or give another directory"
                 )
+            if not all((self._out.path / FOLDER / file).is_file() for file in self._files(part)):
+                return  # lost since: written again from here on
             self._parts.append(part)
+
+    def _files(self, part: pa.Table) -> set[str]:
+        """Names of the files below `packed/` that hold the images of one part."""
+        places = part.column(PATH_COLUMN).drop_null().to_pylist()
+        return set(places) if self._format == "folder" else {place.partition("/")[0] for place in places}
 
 
 def _index_name(number: int) -> str:

@@ -69,6 +69,7 @@ def pack_found(
 
     source = ranks.together(images)
     _warn_of_other_pixels(source, talk)
+    found = _labelled(found, source)
     writers: list[PackWriter] = []
 
     def opened() -> int:
@@ -114,19 +115,24 @@ def readable_bytes(count: int) -> str:
     return f"{count} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
 
 
-def _writer(out: "Output", source: "ImageSource", found: "Curated", config: "PackConfig") -> "PackWriter":
+def _labelled(found: "Curated", source: "ImageSource") -> "Curated":
+    """`found` with the labels of the images as they were asked for: those kept with embeddings may be others."""
+    from dataclasses import replace
+
     import pyarrow as pa
 
+    if source.labels is None:
+        return found
+    return replace(found, kept=_set(found.kept, "label", pa.array(source.labels[found.rows], pa.int64())))
+
+
+def _writer(out: "Output", source: "ImageSource", found: "Curated", config: "PackConfig") -> "PackWriter":
     from dinov2cli.artifacts.packed import PackWriter
 
     assert config.pack is not None
-    table = found.kept
-    if source.labels is not None:
-        labels = pa.array(source.labels[found.rows], pa.int64())
-        table = _set(table, "label", labels)
     return PackWriter(
         out,
-        table,
+        found.kept,
         format=config.pack,
         label_names=source.label_names,
         shard_bytes=max(1, int(config.pack_shard_mib * 2**20)),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,9 @@ def _from_artifact(
     rows: int | None = None,
 ) -> Collection:
     count = rows if rows is not None else pool.num_rows if pool is not None else 0
-    location = str(Path(parse_spec(spec).location).resolve())
+    parsed = parse_spec(spec)
+    # With its options: a label column that was asked for is stored with packed images.
+    location = str(Path(parsed.location).resolve()) + parsed.canonical()[len(os.path.abspath(parsed.location)) :]
     content = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
     fingerprint = {"spec": location, "kind": kind, "rows": count, "hash": content}
     return Collection(spec, kind, count, pool, vectors, embeddings, lambda: open_source(spec), fingerprint)
@@ -85,7 +88,7 @@ def _from_artifact(
 def _embeddings_behind(manifest: Manifest) -> Embeddings | None:
     """The embeddings that a selection was made from, through any number of selections; None if made from images."""
     first = manifest.inputs[0] if manifest.inputs else {}
-    path = str(first.get("spec", ""))
+    path = str(first.get("spec", "")).partition("?")[0]
     if first.get("kind") == "embeddings":
         # Moved away since, the images behind the selection still open.
         return open_embeddings(path) if has_manifest(path) else None

@@ -68,12 +68,17 @@ class BlockCache:
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            with file:
-                write(file)
+            write(file)
+            file.flush()
+            file.close()
             os.replace(partial, path)
-        except BaseException:
+        except BaseException as error:
+            with suppress(OSError):  # what a full disk did not take is still in the buffer, and would be refused again
+                file.close()
             with suppress(OSError):
                 os.unlink(partial)
+            if isinstance(error, OSError):
+                raise self._unwritable(error) from error
             raise
         self._remove_oldest()
 

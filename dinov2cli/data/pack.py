@@ -20,7 +20,7 @@ from dinov2cli.artifacts.packed_shards import PackedImage
 from dinov2cli.data.bad import BadImage, BadImages
 from dinov2cli.data.decode import decode_image, resize_uint8
 from dinov2cli.data.source import ImageSource
-from dinov2cli.data.workers import Hand, Pool
+from dinov2cli.data.workers import DEADLY, Hand, Pool
 from dinov2cli.distributed import ALONE, Ranks
 
 _COPIED = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
@@ -120,7 +120,7 @@ class _Packer:
     def _one(self, row: int, hand: Hand) -> Item:
         name = self._source.name(row)
         if hand.deadly(row):
-            return name, "killed the process that decoded it"
+            return name, DEADLY
         hand.hold(row)
         try:
             return pack_image(self._source.read(row), name=name, size=self._size, quality=self._quality)

@@ -46,10 +46,12 @@ class Footer:
     largest: int
     """Bytes of the largest column chunk of images, decompressed."""
 
-    def has_path(self, column: str) -> bool:
-        """Whether the cells of a column are structs that name a file."""
+    def names_leaf(self, column: str) -> str | None:
+        """What to read for the names of the files that a column of images holds or points to; None if it has none."""
         kind = self.schema.field(column).type
-        return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+        if pa.types.is_struct(kind):
+            return f"{column}.path" if kind.get_field_index("path") >= 0 else None
+        return column if pa.types.is_string(kind) or pa.types.is_large_string(kind) else None
 
 
 def is_remote(url: str) -> bool:

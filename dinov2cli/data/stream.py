@@ -6,8 +6,8 @@ any time, any process), so positions and shuffles are exact as everywhere. Openi
 and other columns without pixels are read when they are asked for, column-wise.
 
 A row is read through its block, a row group: its image column is fetched once per machine, decompressed, into
-`HF_DATASETS_CACHE/dinov2-streams/<fingerprint of the files>/`, and mapped from there by every process, which share its
-pages. At most `keep` blocks (64, or `?stream=N`) stay per role (image, mask, depth); so the disk needed is `keep` times
+`HF_DATASETS_CACHE/dinov2-streams/<fingerprint of the files>-<keep>/`, and mapped from there by every process, which
+share its pages. At most `keep` blocks (64, or `?stream=N`) stay per role (image, mask, depth); so the disk needed is `keep` times
 the largest row group. With N as large as the number of row groups every block is fetched once and for all; with less,
 once per epoch, which also writes as much to that disk. The folder may be removed at any time, and killed runs leave
 nothing in it that counts beyond the bound.
@@ -65,7 +65,9 @@ class StreamSource(ColumnSource):
         self._columns_at = {name: number for number, name in enumerate(features)}
         locations = "\0".join([content_hash, *(file.url for file in files)])
         fingerprint = hashlib.sha256(locations.encode()).hexdigest()[:32]
-        self._folder = os.path.join(str(datasets.config.HF_DATASETS_CACHE), "dinov2-streams", fingerprint)
+        # A run that keeps few blocks must not empty the cache of one that keeps many.
+        folder = f"{fingerprint}-{keep}"
+        self._folder = os.path.join(str(datasets.config.HF_DATASETS_CACHE), "dinov2-streams", folder)
         # One bound per role: masks must not push out the images they belong to.
         self._caches = {role: BlockCache(os.path.join(self._folder, role), keep) for role in self._roles}
         self._mapped: dict[tuple[int, str], tuple[str, pa.ChunkedArray]] = {}
@@ -141,14 +143,14 @@ class StreamSource(ColumnSource):
 
     def _image_names(self) -> list[str | None]:
         name = self._roles["image"]
-        leaf = f"{name}.path" if self._files[0].has_path(name) else name
-        if pa.types.is_binary(self._files[0].schema.field(name).type):
-            return []
+        leaf = self._files[0].names_leaf(name)
+        if leaf is None or any(file.names_leaf(name) != leaf for file in self._files):
+            return []  # no names, or not in all files: nothing that could serve as ids
         return [value for table in read_columns(self._files, [leaf]) for value in names_in_cells(table.column(name))]
 
 
 def asked_blocks(spec: DataSpec) -> int:
-    """Blocks to keep, by `?stream=`; 0 where no stream is asked for.
+    """Blocks to keep, by `?stream=`; 0 for false.
 
     Raises:
         InputError: neither true, false nor a number of blocks.

@@ -148,12 +148,17 @@ def open_parquet(spec: DataSpec, files: Sequence[str]) -> ImageSource:
 
         if keep := asked_blocks(spec):
             return open_parquet_stream(spec, files, keep)
+    rows = 0
     for path in files:
         try:
-            schema = pq.read_schema(path)
+            footer = pq.read_metadata(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise not_parquet(path, error) from error
-        choose_columns(datasets.Features.from_arrow_schema(schema), spec.options, path)  # before anything is copied
+        features = datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
+        choose_columns(features, spec.options, path)  # before anything is copied
+        rows += footer.num_rows
+    if not rows:
+        raise InputError(f"{spec.location}: {len(files)} Parquet files without a row; give files that have some")
     absolute = [os.path.abspath(path) for path in files]
     with reading(spec.location, "Parquet", "the files of one set must be whole and have the same columns"):
         dataset = datasets.load_dataset(

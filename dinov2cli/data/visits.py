@@ -75,5 +75,5 @@ class Visits:
         for block in blocks:
             if closed.is_set():
                 return
-            with contextlib.suppress(DinoError):  # met again, and told, by whoever reads the block
+            with contextlib.suppress(DinoError, OSError):  # met again, and told, by whoever reads the block
                 self._source.fetch(block)

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -308,3 +309,20 @@ def test_masks_are_not_packed_and_that_is_said(dinov2, originals, tmp_path):
     assert done.code == 0 and "only images are packed; mask stay" in done.err
     source = open_source(str(tmp_path / "p"))
     assert not source.has_role("mask") and Image.open(io.BytesIO(source.read(0))).size[1] == 32
+
+
+def test_labels_that_were_asked_for_are_packed_with_their_names(dinov2, originals, tmp_path):
+    """Embeddings keep the labels of their source; another column may be asked for afterwards, and is another input."""
+    table, made, place = tmp_path / "two.parquet", tmp_path / "e", tmp_path / "s"
+    images = [path.read_bytes() for path in sorted(originals.rglob("*/*.jpg"))[:12]]
+    colours = [["red", "green", "blue"][row % 3] for row in range(12)]
+    labels = [5 + row % 2 for row in range(12)]
+    pq.write_table(pa.table({"image": images, "label": labels, "colour": colours}), table)
+    assert dinov2("embed", table, "-m", "tiny", "-o", made).code == 0
+    pack = ["-o", place, "--tiers", "exact", "--pack", "parquet"]
+    assert dinov2("dedup", f"{made}?label=colour", *pack).code == 0
+    for source in (open_source(str(place)), open_source(str(place / "packed"))):
+        assert [source.label_names[label] for label in source.labels] == colours
+    other = dinov2("dedup", f"{made}?label=label", *pack)
+    assert other.code == 2 and "input" in other.err
+    assert dinov2("pack", place, "-o", tmp_path / "again", "--format", "webdataset").code == 0

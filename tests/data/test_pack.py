@@ -3,7 +3,11 @@
 import hashlib
 import io
 import json
+import os
+import struct
+import sys
 import tarfile
+import zlib
 
 import datasets
 import numpy as np
@@ -293,3 +297,75 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path):
         stream_packed(open_source(str(tmp_path)), np.arange(3), size=50) as stream,
     ):
         list(stream)
+
+
+def png_of(depth: int, colour: int, rows: bytes, width: int, height: int) -> bytes:
+    """A PNG that Pillow cannot write: 16-bit RGB, 2-bit grey."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png_of(16, 2, b"".join(b"\0" + bytes(range(6 * 4)) for _ in range(4)), 4, 4),
+        png_of(2, 0, b"".join(b"\0" + bytes([0b00011011]) for _ in range(4)), 4, 4),
+    ],
+    ids=["16-bit colours", "2-bit grey"],
+)
+def test_pngs_of_other_depths_are_encoded_anew(data):
+    packed = pack_image(data, name="x", size=64)
+    assert not packed.copied and decode_image(packed.data, name="x").shape == (4, 4, 3)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forked workers see the patched function")
+def test_an_image_that_kills_its_worker_is_passed_over(tmp_path, monkeypatch):
+    for number in range(4):
+        smooth(40 + number, 40).save(tmp_path / f"{number}.png")
+    source = open_source(str(tmp_path))
+    monkeypatch.setattr(
+        "dinov2cli.data.pack.decode_image",
+        lambda data, name: os._exit(9) if name == "2.png" else decode_image(data, name=name),
+    )
+    bad = BadImages(max_fraction=1)
+    with stream_packed(source, np.arange(4), size=32, workers=1, bad=bad) as stream:
+        found = list(stream)
+    assert [isinstance(item, str) for item in found] == [False, False, True, False]
+    assert bad.reasons == {"2.png": "it killed the two workers that decoded it"}
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset", "folder"])
+def test_a_shard_that_was_lost_is_written_again(tmp_path, form):
+    """Its index is there, the images are not."""
+    for number in range(6):
+        smooth(40 + number, 40).save(tmp_path / f"{number}.png")
+    source, place = open_source(str(tmp_path)), tmp_path / "out"
+
+    def work(stop: int | None) -> PackWriter:
+        with Output.open(place, "selection", command="x", config={}) as out:
+            table = pa.table({"id": source.ids})
+            writer = PackWriter(out, table, format=form, label_names=None, shard_bytes=1)
+            start = writer.rows
+            with stream_packed(source, np.arange(6), size=32, start=start) as stream:
+                while writer.rows < (stop or 6):
+                    writer._write_shard(stream)
+            return writer
+
+    work(3)
+    lost = sorted(file for file in (place / "packed").iterdir())[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    assert work(None).summary()["images"] == 6
+    assert lost.read_bytes() == content
+
+
+def test_shards_of_nothing_but_unreadable_images_are_not_counted(tmp_path):
+    with Output.open(tmp_path / "out", "selection", command="x", config={}) as out:
+        writer = PackWriter(out, pa.table({"id": ["a", "b"]}), format="webdataset", label_names=None, shard_bytes=1)
+        image = pack_image(as_bytes(smooth(40, 40), "JPEG"), name="a", size=64)
+        writer.write(iter([image, "truncated file"]))
+        assert writer.summary()["shards"] == 1

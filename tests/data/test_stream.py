@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -465,3 +466,79 @@ def test_block_order_reads_every_block_of_a_window_once(shards):
         for row in block_order(0, 0, source.blocks, 2):
             source.read(row)
     assert len(seen) == len(set(seen)) == 8
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk that takes nothing."""
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_refuses_what_is_left_in_the_buffer(shards, monkeypatch):
+    """Small writes go to a buffer; a full disk refuses them when it is flushed, and once more when it is closed."""
+    full = lambda path, mode: io.BufferedWriter(FullDisk(path, "w"), 1 << 20)  # noqa: E731
+    monkeypatch.setattr("dinov2cli.data.block_cache.open", full, raising=False)
+    source = stream(shards)
+    with pytest.raises(WorkError, match=r"dinov2-streams.*: cannot be written \(No space left on device\)"):
+        source.read(0)
+    assert cached(source) == []
+
+
+def test_sets_that_look_alike_share_no_cache(tmp_path, encode):
+    """Same file names, sizes and times, other images."""
+    sources = []
+    for number, seeds in enumerate(((1, 2), (2, 1))):
+        folder = tmp_path / f"set-{number}"
+        folder.mkdir()
+        path = folder / "a.parquet"
+        images = [encode(seed, format="BMP") for seed in seeds]  # all of one size
+        write(path, images, range(2), encode)
+        os.utime(path, ns=(10**18, 10**18))
+        sources.append((stream(path), images))
+    assert sources[0][0].content_hash() == sources[1][0].content_hash()
+    for source, images in sources:
+        assert [source.read(row) for row in range(2)] == images
+
+
+def test_runs_that_keep_few_blocks_leave_those_that_keep_many_alone(shards):
+    many, few = stream(shards, "stream=8"), stream(shards, "stream=1")
+    for row in range(len(many)):
+        many.read(row)
+    few.read(0)
+    assert len(cached(many)) == 8
+
+
+def test_files_that_store_images_differently(tmp_path, encode):
+    """One as structs with paths, one as plain bytes: both are read, and there are no names to serve as ids."""
+    write(tmp_path / "a.parquet", [encode(1)], range(1), encode)
+    table = pq.read_table(tmp_path / "a.parquet")
+    plain = pa.array([encode(2)], pa.binary())
+    table = table.set_column(table.schema.get_field_index("image"), "image", plain).replace_schema_metadata(None)
+    pq.write_table(table, tmp_path / "b.parquet")
+    source = stream(tmp_path)
+    assert [source.read(row) for row in range(2)] == [encode(1), encode(2)]
+    assert source.ids == ["00000000", "00000001"]
+
+
+def test_ids_never_cost_the_pixels(tmp_path, encode, monkeypatch):
+    path = tmp_path / "large.parquet"
+    pq.write_table(pa.table({"image": pa.array([encode(row) for row in range(3)], pa.large_binary())}), path)
+    asked = []
+    real = remote.read_columns
+    monkeypatch.setattr("dinov2cli.data.stream.read_columns", lambda f, names: asked.append(names) or real(f, names))
+    assert stream(path).ids == ["00000000", "00000001", "00000002"]
+    assert asked == []
+
+
+def test_a_row_group_that_is_not_what_its_footer_said(shards):
+    source = stream(shards)
+    wrong = dataclasses.replace(source._files[0], rows=(99, *source._files[0].rows[1:]))
+    with pytest.raises(InputError, match=r"row group 0 has 3 rows, its footer says 99"):
+        remote.copy_row_group(wrong, 0, "image", io.BytesIO())
+
+
+def test_parquet_without_rows_is_said_in_one_line(tmp_path):
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
+    for text in ("", "?stream=true"):
+        assert "without a row" in message(str(tmp_path / "none.parquet") + text)

@@ -97,6 +97,16 @@ def test_the_next_window_is_fetched_on_entering_one():
     visits.close()
 
 
+def test_closed_and_begun_again_it_fetches_again():
+    source = Blocky(keep=6)
+    visits = Visits(source, 3)
+    rows(visits, 0, 5)
+    source.wait_for(6)
+    visits.close()
+    rows(visits, 0, 5)
+    source.wait_for(12)
+
+
 def test_nothing_is_fetched_where_everything_is_ready():
     source = Blocky()
     rows(Visits(source, 3, shuffle="blocks"), 0, 60)

@@ -107,3 +107,12 @@ def test_a_flag_replaces_its_alternative_in_the_recipe(tmp_path):
     assert (config.train.steps, config.train.budget) == (None, "5m")
     config = load_config(PretrainConfig, recipe=str(recipe), sets=["train.budget=5m"], flags={"train.steps": 2})
     assert (config.train.steps, config.train.budget) == (2, None)
+
+
+def test_keys_younger_than_a_run_do_not_make_it_another_one():
+    """What runs were begun with before these keys existed is what their defaults do."""
+    plain = load_config(PretrainConfig, recipe="tiny-cpu").identity()
+    assert not {"scaled_decode", "shuffle", "window", "max_worker_deaths"} & set(plain["data"])
+    asked = ["data.scaled_decode=true", "data.shuffle=exact", "data.window=3", "data.max_worker_deaths=0"]
+    found = load_config(PretrainConfig, recipe="tiny-cpu", sets=asked).identity()["data"]
+    assert found == plain["data"] | {"scaled_decode": True, "shuffle": "exact", "window": 3}

@@ -111,7 +111,7 @@ def run(
     }
     if arch is not None:
         figures["model"] = _needs(arch, where, crop, figures)
-    if source.blocks is not None:
+    if source.blocks is not None and len(source) > 1:
         figures["mixing"] = _mixing(source, seed)
     return figures
 
@@ -193,7 +193,7 @@ def _mixing(source: ImageSource, seed: int) -> dict[str, float]:
     visits = Visits(source, seed, shuffle="blocks")
     order = np.array(visits.at(np.arange(len(source), dtype=np.int64))[0])
     found = mixing(order, source.blocks, min(64, len(source)))
-    return {"window": float(visits.window), **found._asdict()}
+    return {"window": float(visits.window), "batch": float(min(64, len(source))), **found._asdict()}
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
@@ -228,8 +228,9 @@ def lines(figures: dict[str, Any]) -> list[str]:
     if "mixing" in f:
         x = f["mixing"]
         text.append(
-            f"shuffled by {x['window']:.0f} blocks at a time: {x['blocks']:.1f} blocks in a batch of 64 (exactly: "
-            f"{x['exact_blocks']:.1f}), {x['same_block']:.1%} of its pairs from one block ({x['exact_same_block']:.1%})"
+            f"shuffled by {x['window']:.0f} blocks at a time: {x['blocks']:.1f} blocks in a batch of {x['batch']:.0f} "
+            f"(exactly: {x['exact_blocks']:.1f}), {x['same_block']:.1%} of its pairs from one block "
+            f"({x['exact_same_block']:.1%})"
         )
     return text
 

@@ -98,12 +98,11 @@ def stage_times(files: list[bytes], crop: MultiCrop, seed: int, *, scaled: bool 
         started = time.perf_counter()
         opened = open_image(data, name="image")
         displayed = opened.height, opened.width
-        cuts, shrink = crop.draw(*displayed, seed, 0, number), 1
-        if scaled:
-            shrink, cuts = crop.shrink(cuts)
+        cuts = crop.draw(*displayed, seed, 0, number)
+        shrink = crop.shrink(cuts) if scaled else 1
         pixels = decoder.stored(opened, shrink)
         decoded = time.perf_counter()
-        crop.cut(pixels, cuts, displayed, into, scratch, opened.orientation)
+        crop.cut(pixels, cuts, displayed, into, scratch, opened.orientation, shrink)
         decode, cut = decode + decoded - started, cut + time.perf_counter() - decoded
     return 1e3 * decode / len(files), 1e3 * cut / len(files)
 

@@ -85,7 +85,7 @@ def _decoder() -> Finding:
         kinds.append("heic")
     found = f"Pillow {importlib.metadata.version('pillow')} with {', '.join(kinds) or 'JPEG and PNG only'}"
     if turbo() is None:
-        return Finding("decoder", found, "advice", "JPEG decodes a third faster with pip install 'dinov2cli[fast]'")
+        return Finding("decoder", found, "advice", "JPEG decodes sooner with pip install 'dinov2cli[fast]'")
     return Finding("decoder", f"{found}; JPEG by simplejpeg {importlib.metadata.version('simplejpeg')}")
 
 

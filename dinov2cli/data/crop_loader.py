@@ -19,7 +19,7 @@ from dinov2cli.data.decode import MAX_PIXELS, Decoder, open_image
 from dinov2cli.data.ring import Ring, forks
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.visits import Shuffle, Visits
-from dinov2cli.data.workers import DEADLY, MAX_DEATHS, MOST_TASKS, Hand, Pool
+from dinov2cli.data.workers import DEADLY, MAX_DEATHS, Hand, Pool
 from dinov2cli.errors import InputError
 
 _REPLACEMENT_TRIES = 100
@@ -31,7 +31,7 @@ class CropLoader:
 
     An unreadable image is replaced by another one, chosen by (seed, epoch, sample), counted and named in `bad`. All
     workers make parts of the same batch, in memory that is used again: it holds `prefetch` batches and one more,
-    however many workers there are (unless they are more than the images of a batch).
+    whatever the number of workers (somewhat more only where they are about as many as the images of a batch, or more).
 
     Args:
         source: the images; there may be fewer than one batch.
@@ -85,7 +85,7 @@ class CropLoader:
         # Parts small enough that all workers share a batch, and large enough that handing them out costs nothing.
         self._part = min(math.ceil(batch_size / max(workers, 1)), _LARGEST_PART)
         self._parts = math.ceil(batch_size / self._part)
-        self._ahead = min(max(prefetch * self._parts, 2 * workers), MOST_TASKS * workers)
+        self._ahead = max(prefetch * self._parts, 2 * workers)
 
     def state_dict(self) -> dict[str, int]:
         """Images consumed so far, over all ranks; batches made ahead by workers do not count."""
@@ -229,10 +229,9 @@ class _CropReader:
         opened = open_image(self._source.read(row), name=name, max_pixels=self._max_pixels)
         displayed = opened.height, opened.width
         cuts = self._crop.draw(*displayed, self._seed, epoch, due)
-        shrink = 1
-        if self._scaled:
-            shrink, cuts = self._crop.shrink(cuts)
-        self._crop.cut(self._decoder.stored(opened, shrink), cuts, displayed, into, self._scratch, opened.orientation)
+        shrink = self._crop.shrink(cuts) if self._scaled else 1
+        pixels = self._decoder.stored(opened, shrink)
+        self._crop.cut(pixels, cuts, displayed, into, self._scratch, opened.orientation, shrink)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decoder": Decoder(), "_scratch": Scratch()}

@@ -13,6 +13,8 @@ from torch import Tensor
 from dinov2cli.errors import UserError
 
 BOX_TRIES = 10
+KEPT_BYTES = 64 << 20
+"""Memory used again for image after image is given back beyond this."""
 ASPECT_RANGE = (3 / 4, 4 / 3)
 """Width / height of a box, drawn log-uniformly (as torchvision's RandomResizedCrop)."""
 
@@ -71,7 +73,10 @@ class Cut(NamedTuple):
 
 
 class Scratch:
-    """Memory that is used again: fresh memory costs a page fault per 4 KiB, often more than the work done in it."""
+    """Memory that is used again: fresh memory costs a page fault per 4 KiB, often more than the work done in it.
+
+    What one huge image needs is not kept.
+    """
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -79,6 +84,8 @@ class Scratch:
     def take(self, *shape: int) -> Tensor:
         """uint8 of this shape; what was taken before is overwritten."""
         number = math.prod(shape)
+        if number > KEPT_BYTES:
+            return torch.empty(shape, dtype=torch.uint8)
         if self._bytes.numel() < number:
             self._bytes = torch.empty(number + number // 4, dtype=torch.uint8)
         return self._bytes[:number].view(shape)
@@ -154,32 +161,32 @@ class MultiCrop:
         into: Sequence[Tensor],
         scratch: Scratch,
         orientation: int = 1,
+        shrink: int = 1,
     ) -> None:
         """Make the crops that `draw` chose.
 
         Args:
-            image: uint8 [h, w, 3 or 4] as stored, of which three channels count; it may be smaller than the picture
-                that `cuts` were drawn for (see `shrink`).
+            image: uint8 [h, w, 3 or 4] as stored, of which three channels count; its sides may be those of the picture
+                divided by `shrink`, rounded up.
             cuts: boxes and flips in the picture as displayed, height and width `displayed`.
             into: uint8 [2, S, S, 3] and [local_number, s, s, 3], written to.
             orientation: EXIF's number; it is applied to boxes and crops, never to the whole image.
+            shrink: as the image was decoded; boxes are then moved onto the coarser grid, by less than that many pixels.
         """
         # torch takes no read-only memory (Pillow's arrays) and no flipped views; a copy costs far less than the decode.
         usable = image.flags.writeable and all(stride > 0 for stride in image.strides)
         pixels = torch.from_numpy(image if usable else image.copy())
         places = [(out, size) for part, (_, size, _) in zip(into, self._kinds(), strict=True) for out in part]
         for (box, flip), (out, size) in zip(cuts, places, strict=True):
-            crop = resize_box(pixels, stored_box(box, displayed, image.shape[:2], orientation), size, scratch)
+            crop = resize_box(pixels, stored_box(box, displayed, image.shape, orientation, shrink), size, scratch)
             out.copy_(turned(crop[..., :3], orientation, flip))
 
-    def shrink(self, cuts: Sequence[Cut]) -> tuple[int, list[Cut]]:
+    def shrink(self, cuts: Sequence[Cut]) -> int:
         """By how much (1, 2, 4 or 8) the sides of an image may be divided before cutting, so that every crop is still
-        made from at least as many pixels as it has; and the cuts on the grid of what is then left of the image (moved
-        by less than that factor: half a pixel beside its place, a crop would differ three times as much)."""
+        made from at least as many pixels as it has."""
         sizes = [size for number, size, _ in self._kinds() for _ in range(number)]
         least = min(min(cut.box.height, cut.box.width) / size for cut, size in zip(cuts, sizes, strict=True))
-        factor = max(factor for factor in (1, 2, 4, 8) if factor <= max(least, 1))
-        return factor, [Cut(Box(*(side // factor * factor for side in cut.box)), cut.flip) for cut in cuts]
+        return max(factor for factor in (1, 2, 4, 8) if factor <= max(least, 1))
 
     def _kinds(self) -> tuple[tuple[int, int, tuple[float, float]], ...]:
         """(number, size, scale) of global and local crops."""
@@ -202,32 +209,29 @@ _TURNS = {
 }
 
 
-def stored_box(box: Box, displayed: tuple[int, int], stored: tuple[int, ...], orientation: int = 1) -> Box:
-    """Where a box of a picture of `displayed` (height, width) lies in its pixels as `stored` (height, width), which may
-    be fewer: ends are rounded to whole pixels, at least one apart."""
-    transpose, rows, columns = _TURNS.get(orientation, _TURNS[1])
+def stored_box(
+    box: Box, displayed: tuple[int, int], stored: Sequence[int], orientation: int = 1, shrink: int = 1
+) -> Box:
+    """Where a box of a picture of `displayed` (height, width) lies in its pixels as `stored` (height, width, …).
+
+    Where those are fewer, each stands for `shrink` x `shrink` pixels of the file, counted from its top left, the last
+    ones for what is left over. The box begins and ends on that grid: half a pixel beside it, a crop would differ three
+    times as much from one of the full image.
+    """
+    transpose, rows, columns = _TURNS[orientation]
     top = displayed[0] - box.top - box.height if rows else box.top
     left = displayed[1] - box.left - box.width if columns else box.left
-    ends = [(top, top + box.height, displayed[0]), (left, left + box.width, displayed[1])]
+    found, full = Box(top, left, box.height, box.width), displayed
     if transpose:
-        ends.reverse()
-    (top, height), (left, width) = (
-        _scaled(first, last, whole, here) for (first, last, whole), here in zip(ends, stored[:2], strict=True)
-    )
-    return Box(top, left, height, width)
-
-
-def _scaled(first: int, last: int, whole: int, here: int) -> tuple[int, int]:
-    """Start and length of first .. last of `whole` pixels where only `here` of them are left."""
-    if whole == here:
-        return first, last - first
-    start = min(round(first * here / whole), here - 1)
-    return start, max(round(last * here / whole) - start, 1)
+        found, full = Box(left, top, box.width, box.height), (displayed[1], displayed[0])
+    if shrink == 1 or tuple(stored[:2]) == full:
+        return found
+    return Box(*(first // shrink for first in found[:2]), *(max(length // shrink, 1) for length in found[2:]))
 
 
 def turned(crop: Tensor, orientation: int, flip: bool) -> Tensor:
     """A square crop [S, S, C] of stored pixels as displayed, mirrored left to right where `flip` says so."""
-    transpose, rows, columns = _TURNS.get(orientation, _TURNS[1])
+    transpose, rows, columns = _TURNS[orientation]
     if transpose:
         crop = crop.transpose(0, 1)
     axes = [axis for axis, mirrored in ((0, rows), (1, columns != flip)) if mirrored]

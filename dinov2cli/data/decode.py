@@ -28,6 +28,8 @@ MAX_ASPECT = 4.0
 # From here on Pillow's pixels are read where they lie; below, a copy without their fourth byte is made sooner.
 _IN_PLACE = 300_000
 _BLOCK_BYTES = 1 << 30
+KEPT_BYTES = 64 << 20
+"""Memory of an image beyond this is not kept for the next."""
 # What users have as images. Pillow knows more, among them EPS, for which it would run Ghostscript on the file.
 _FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"),
@@ -93,6 +95,7 @@ class Decoder:
 
     def __init__(self) -> None:
         self._buffer = np.empty(0, dtype=np.uint8)
+        self._gave_large = False
 
     def stored(self, opened: Opened, shrink: int = 1) -> np.ndarray:
         """RGB pixels as the file stores them, EXIF orientation not applied: uint8 [h, w, 3], or [h, w, 4] with a fourth
@@ -107,12 +110,15 @@ class Decoder:
             BadImage: truncated or corrupt.
         """
         image = opened.image
-        width, height = image.size
-        pixels = turbo_pixels(opened.data, image.format, image.mode, image.size, shrink, self._room(width, height))
+        if self._gave_large:  # Pillow keeps the storage of the last images: not that of a huge one
+            Image.core.clear_cache()
+        self._gave_large = image.width * image.height * 4 > KEPT_BYTES
+        pixels = turbo_pixels(opened.data, image.format, image.mode, image.size, shrink, self._room)
         return _values(_loaded(opened, shrink=shrink)) if pixels is None else pixels
 
-    def _room(self, width: int, height: int) -> np.ndarray:
-        needed = width * height * 3
+    def _room(self, needed: int) -> np.ndarray:
+        if needed > KEPT_BYTES:
+            return np.empty(needed, dtype=np.uint8)
         if len(self._buffer) < needed:
             self._buffer = np.empty(needed + needed // 4, dtype=np.uint8)
         return self._buffer
@@ -215,7 +221,8 @@ def _reason(error: Exception) -> str:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(0x0112, 1))
+        number = int(image.getexif().get(0x0112, 1))
+        return number if 1 <= number <= 8 else 1
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return 1
 

@@ -27,7 +27,7 @@ def turbo() -> Any | None:
 
 
 def turbo_pixels(
-    data: bytes, form: str | None, mode: str, size: tuple[int, int], shrink: int = 1, buffer: Any = None
+    data: bytes, form: str | None, mode: str, size: tuple[int, int], shrink: int = 1, room: Any = None
 ) -> np.ndarray | None:
     """Pixels of a JPEG file as stored, uint8 [H, W, 3], or None where Pillow should be asked instead.
 
@@ -35,7 +35,7 @@ def turbo_pixels(
         data: the whole file.
         form, mode, size: what Pillow found in its header; size is (width, height).
         shrink: 1, 2, 4 or 8: decode to sides divided by it, rounded up, in the DCT domain.
-        buffer: memory to write into, of at least H * W * 3 bytes; else new memory.
+        room: gives memory of so many bytes to write into; without, it is new.
     """
     module = turbo()
     if module is None or form not in _FORMATS or mode not in _MODES:
@@ -43,6 +43,7 @@ def turbo_pixels(
     width, height = (-(-side // shrink) for side in size)
     least = {"min_height": height, "min_width": width} if shrink > 1 else {}
     try:
+        buffer = None if room is None else room(size[0] * size[1] * 3)
         pixels = module.decode_jpeg(data, colorspace="RGB", buffer=buffer, **least)
     except ValueError:  # anything unusual, damage too: Pillow decides what is a picture and says what is wrong
         return None

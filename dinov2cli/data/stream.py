@@ -7,10 +7,10 @@ and other columns without pixels are read when they are asked for, column-wise.
 
 A row is read through its block, a row group: its image column is fetched once per machine, decompressed, into
 `HF_DATASETS_CACHE/dinov2-streams/<fingerprint of the files>-<keep>/`, and mapped from there by every process, which
-share its pages. At most `keep` blocks (64, or `?stream=N`) stay per role (image, mask, depth); so the disk needed is `keep` times
-the largest row group. With N as large as the number of row groups every block is fetched once and for all; with less,
-once per epoch, which also writes as much to that disk. The folder may be removed at any time, and killed runs leave
-nothing in it that counts beyond the bound.
+share its pages. At most `keep` blocks (64, or `?stream=N`) stay per role (image, mask, depth); so the disk needed is
+`keep` times the largest row group. With N as large as the number of row groups every block is fetched once and for
+all; with less, once per epoch, which also writes as much to that disk. The folder may be removed at any time, and
+killed runs leave nothing in it that counts beyond the bound.
 
 Reading in exact random order works, but fetches a row group for almost every row unless all are kept: use
 `dinov2cli.data.order.block_order` with windows of at most keep / 2 blocks. Row groups of 100 to 1000 images are good

@@ -27,9 +27,11 @@ def on_device(batches: Iterator[Mapping[str, Any]], device: torch.device) -> Gen
             computing.wait_event(copied)
             for crops in moved.values():
                 crops.record_stream(computing)  # made on the one stream, used on the other
-            yield {**batch, **moved}
-            del moved, crops
-            copied.synchronize()
+            try:
+                yield {**batch, **moved}
+            finally:
+                del moved, crops
+                copied.synchronize()
     finally:
         # End the loader's workers now: a traceback would keep the iterator alive.
         close = getattr(batches, "close", None)

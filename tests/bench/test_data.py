@@ -1,6 +1,7 @@
 """The input path's benchmark: every figure is there, and the reference makes the same crops. No timing is asserted."""
 
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -36,6 +37,19 @@ def test_every_figure_is_there(figures):
     assert "model" not in figures and "mixing" not in figures
 
 
+def test_figures_hang_together(figures):
+    f, parts = figures, figures["parts"]
+    cut = parts["decode"] + parts["crop"]
+    assert f["images_per_s"] == pytest.approx(1e3 / (parts["read"] + cut))
+    assert f["speedup"] == pytest.approx(f["pillow_ms"] / cut)
+    assert f["speedup_crops"] == pytest.approx(f["pillow_crops_ms"] / cut)
+    assert f["speedup_on_cpu"] == pytest.approx(f["pillow_ms"] / (cut + parts["colour"]))
+    assert f["scaled"]["gain"] == pytest.approx(cut / (f["scaled"]["decode"] + f["scaled"]["crop"]))
+    assert f["packed"]["gain"] == pytest.approx(cut / (f["packed"]["decode"] + f["packed"]["crop"]))
+    assert f["loader_gain"] == f["loader"]["2"] / f["loader"]["1"]
+    assert f["batches_mib"] == 3 * 64 * f["crop_bytes"] / 2**20
+
+
 def test_people_read_the_same_figures(figures):
     text = "\n".join(lines(figures))
     assert f"a worker makes {figures['images_per_s']:.0f} images/s and hands on 17 kB each" in text
@@ -46,7 +60,9 @@ def test_a_model_says_how_many_workers_it_needs(monkeypatch):
     found = run("cpu", 0, "demo:photos?count=40", images=4, arch="tiny", crop=MultiCrop(32, 16, 2), rounds=1)
     model = found["model"]
     assert model["workers"] == int(np.ceil(model["images_per_s"] / found["images_per_s"]))
-    assert 0 < model["colour_share"] < 1
+    assert model["colour_share"] == pytest.approx(found["parts"]["colour"] * model["images_per_s"] / 1e3)
+    needed = 1e14 / (model["gflop"] * 1e9) / found["images_per_s"]
+    assert model["workers_per_100_tflops"] == pytest.approx(needed)
     assert model["gflop"] > 0 and "tiny trains" in "\n".join(lines(found))
 
 
@@ -62,6 +78,19 @@ def test_crops_are_those_a_model_is_trained_on(arch, sizes):
 def test_unknown_models_are_refused_before_anything_is_measured():
     with pytest.raises(UserError, match="unknown architecture 'nothing'"):
         run("cpu", 0, "demo:photos?count=40", arch="nothing")
+
+
+def test_sets_that_lie_in_blocks_say_how_they_are_mixed(tmp_path):
+    source = open_source("demo:photos?count=40")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for row in range(20 * shard, 20 * shard + 20):
+                data, member = source.read(row), tarfile.TarInfo(f"{row}.png")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    found = run("cpu", 0, str(tmp_path), images=4, arch=None, crop=SMALL, rounds=1)
+    assert found["mixing"]["blocks"] == found["mixing"]["exact_blocks"] == 2
+    assert "2.0 blocks in a batch of 40 (exactly: 2.0)" in "\n".join(lines(found))
 
 
 def test_images_can_be_enlarged_to_camera_files():

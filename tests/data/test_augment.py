@@ -104,6 +104,17 @@ class TestOperations:
             assert np.abs(row - expected).mean() < 2
             assert abs((row - expected).mean()) < 1
 
+    def test_hue_of_colours_that_are_nearly_grey(self):
+        """After brightness and saturation values are no whole numbers: chromas between 0 and 1 are chromas too."""
+        pixels = np.random.default_rng(0).uniform(0, 0.9, (200, 3)) + 100
+        x = torch.from_numpy(pixels.T.astype(np.float32)).view(1, 3, 200, 1)
+        ours = shift_hue(x, torch.tensor([0.07]))[0, :, :, 0].T.numpy()
+        for pixel, found in zip(pixels, ours, strict=True):
+            hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255))
+            np.testing.assert_allclose(
+                found, 255 * np.array(colorsys.hsv_to_rgb(hue + 0.07, saturation, value)), atol=2e-3
+            )
+
     def test_hue_leaves_grey_alone(self):
         grey = torch.arange(256.0).view(1, 1, 16, 16).expand(1, 3, 16, 16)
         assert torch.equal(shift_hue(grey, torch.tensor([0.1])), grey)

@@ -208,9 +208,10 @@ class TestTurbo:
         assert pixels.shape == plain.shape == (-(-height // shrink), -(-width // shrink), 3)
         np.testing.assert_array_equal(pixels, plain)
 
-    def test_it_is_used(self):
-        image = Image.open(io.BytesIO(jpegs()["progressive"]))
-        assert turbo_pixels(jpegs()["progressive"], image.format, image.mode, image.size) is not None
+    @pytest.mark.parametrize("kind", ["progressive", "grey", "two pictures"])
+    def test_it_is_used(self, kind):
+        image = Image.open(io.BytesIO(jpegs()[kind]))
+        assert turbo_pixels(jpegs()[kind], image.format, image.mode, image.size) is not None
 
     def test_damage_is_judged_by_pillow(self):
         """Stray bytes between the parts of a file are accepted, a missing end is not, with or without."""
@@ -232,6 +233,14 @@ def test_the_environment_can_ask_for_pillow(monkeypatch):
     monkeypatch.setenv("DINOV2_JPEG", "pillow")
     assert turbo() is None
     turbo.cache_clear()
+
+
+@pytest.mark.parametrize("number", [0, 9, 65535])
+def test_orientations_that_do_not_exist_are_upright(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    opened = open_image(file_of(photo(), "JPEG", exif=exif), name="x")
+    assert (opened.orientation, opened.height, opened.width) == (1, 251, 333)
 
 
 class TestDecoder:
@@ -260,6 +269,18 @@ class TestDecoder:
         decoder, data = Decoder(), file_of(photo(), "JPEG")
         first, second = (decoder.stored(open_image(data, name="x")) for _ in range(2))
         assert first.ctypes.data == second.ctypes.data
+
+    @pytest.mark.parametrize("format", ["JPEG", "PNG"])
+    def test_what_a_huge_image_needs_is_not_kept(self, format, monkeypatch):
+        monkeypatch.setattr(decode, "KEPT_BYTES", 10_000)
+        cleared = []
+        monkeypatch.setattr(decode.Image.core, "clear_cache", lambda: cleared.append(True))
+        decoder = Decoder()
+        for size in ((333, 251), (20, 20), (21, 21)):
+            pixels = decoder.stored(open_image(file_of(photo(size), format), name="x"))
+            assert pixels.shape[:2] == size[::-1]
+        assert cleared == [True]
+        assert decoder._buffer.nbytes <= 10_000
 
     def test_other_formats_ignore_shrink(self):
         assert Decoder().stored(open_image(file_of(photo()), name="x"), 4).shape[:2] == (251, 333)

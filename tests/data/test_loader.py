@@ -69,6 +69,16 @@ def test_rows_in_order_with_sizes_and_digests(numbered, workers):
     assert batches[0].sha256[1] == hashlib.sha256((root / "0001.png").read_bytes()).hexdigest()
 
 
+def test_a_slow_consumer_gets_what_was_read(numbered):
+    """Workers have long finished what is given out: their memory must not be written again before it was taken."""
+    source = open_source(str(numbered(12)))
+    options = {"resize": 16, "crop": 16, "batch_size": 1, "bad": BadImages()}
+    expected = [batch.images for batch in iterate_images(source, workers=0, **options)]
+    for batch, images in zip(iterate_images(source, workers=2, **options), expected, strict=True):
+        time.sleep(0.05)
+        assert torch.equal(batch.images, images)
+
+
 def test_part_of_the_rows(numbered):
     source = open_source(str(numbered(9)))
     options = {"resize": 16, "crop": 16, "workers": 0, "bad": BadImages()}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -47,6 +48,12 @@ class Squares:
             os._exit(7)
         if task in self.deeds.get("refuses", []):
             raise InputError(f"no {task}")
+        if task in self.deeds.get("breaks", []):
+            raise ConnectionResetError("peer")
+        if task in self.deeds.get("ends", []):
+            raise EOFError("end")
+        if task in self.deeds.get("strange", []):
+            raise StrangeError("a", "b")
         if task in self.deeds.get("odd", []):
             raise OddError(lambda: None)
         if task in self.deeds.get("slow", []):
@@ -56,6 +63,13 @@ class Squares:
 
 class OddError(Exception):
     """Carries something that does not pickle."""
+
+
+class StrangeError(Exception):
+    """Pickles, but cannot be made again from what was pickled."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -87,9 +101,9 @@ class Wordy(Squares):
 
 
 def test_full_pipes_never_stop_both_sides():
-    """Many tasks far ahead, each of some kilobytes, with answers of megabytes."""
-    tasks = [list(range(500))] * 200
-    assert [len(found) for found in Pool(Wordy(), 2, ahead=10_000).run(tasks)] == [50_000] * 200
+    """Many tasks far ahead, each of some kilobytes, with larger answers: more than any pipe holds."""
+    tasks = [list(range(500))] * 600
+    assert [len(found) for found in Pool(Wordy(), 1, ahead=10_000).run(tasks)] == [50_000] * 600
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -98,8 +112,14 @@ def test_errors_keep_their_kind(workers):
     assert list(islice(results, 3)) == [0, 1, 4]
     with pytest.raises(InputError, match="no 3"):
         next(results)
-    with pytest.raises((RuntimeError, OddError)):
-        list(Pool(Squares(odd=[1]), workers, ahead=4).run(range(9)))
+    for deed, kinds, said in (
+        ("odd", (RuntimeError, OddError), None),
+        ("strange", (RuntimeError, StrangeError), None),
+        ("breaks", ConnectionResetError, "peer"),  # not to be taken for the end of the worker's pipe
+        ("ends", EOFError, "end"),
+    ):
+        with pytest.raises(kinds, match=said):
+            list(Pool(Squares(**{deed: [1]}), workers, ahead=4).run(range(9)))
 
 
 def test_a_chance_death_changes_nothing(tmp_path, caplog):
@@ -125,6 +145,68 @@ def test_an_item_that_kills_twice_is_passed_over(deed, how, caplog):
     ]
 
 
+def test_two_chance_deaths_over_one_item_lose_nothing(tmp_path):
+    """At different times: between them the item was done."""
+    reader = Squares(tmp_path, dies_once=[4])
+    found = []
+    for number, result in enumerate(Pool(reader, 1, ahead=1).run([4, 1, 2, 4, 3])):
+        found.append(result)
+        if number == 1:
+            (tmp_path / "4").unlink()
+    assert found == [16, 1, 4, 16, 9]
+
+
+class Half(Squares):
+    """Dies in the middle of a long answer."""
+
+    def __call__(self, task: int, hand: Hand) -> bytes | int:
+        mark = self.marks / "half"
+        if task == 2 and not mark.exists():
+            mark.touch()
+            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+            return bytes(50_000_000)
+        return task
+
+
+def test_a_death_in_the_middle_of_an_answer(tmp_path):
+    results = Pool(Half(tmp_path), 1, ahead=4).run(range(5))
+    assert [next(results), next(results)] == [0, 1]
+    time.sleep(0.8)  # nobody reads: the answer stays in the pipe as far as it went
+    assert list(results) == [2, 3, 4]
+
+
+class Settled(Squares):
+    """Tells how its process is set up."""
+
+    def __call__(self, task: int, hand: Hand) -> tuple[int, bool]:
+        ignored = all(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        return torch.get_num_threads(), ignored
+
+
+def test_workers_have_one_thread_and_leave_signals_to_the_main_process():
+    assert list(Pool(Settled(), 2, ahead=2).run(range(2))) == [(1, True)] * 2
+
+
+EXITS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_workers import Squares
+from dinov2cli.data.workers import Pool
+results = Pool(Squares(), 2, ahead=4).run(range(100))
+print(next(results), flush=True)
+if sys.argv[2] == "error":
+    raise SystemExit("enough")
+"""
+
+
+@pytest.mark.parametrize("how", ["end", "error"])
+def test_a_program_ends_with_an_iterator_still_open(how):
+    done = subprocess.run(
+        [sys.executable, "-c", EXITS, str(Path(__file__).parent), how], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.returncode) == ("0\n", int(how == "error"))
+
+
 def test_too_many_deaths_stop_the_run():
     with pytest.raises(WorkError) as caught:
         list(Pool(Squares(dies=[1, 2, 3]), 2, ahead=2, max_deaths=3).run(range(9)))
@@ -134,7 +216,7 @@ def test_too_many_deaths_stop_the_run():
         list(Pool(Squares(dies=[1]), 1, ahead=2, max_deaths=0).run(range(9)))
 
 
-def test_idle_workers_may_die_too():
+def test_idle_workers_may_die_too(caplog):
     pool = Pool(Squares(), 2, ahead=2)
     results = pool.run(range(10))
     assert next(results) == 0
@@ -142,7 +224,9 @@ def test_idle_workers_may_die_too():
     for worker in pool._workers:
         os.kill(worker.process.pid, signal.SIGKILL)
     time.sleep(0.1)
-    assert list(results) == [n * n for n in range(1, 10)]
+    with caplog.at_level(logging.WARNING):
+        assert list(results) == [n * n for n in range(1, 10)]
+    assert len(caplog.messages) == 2 and all("over no image in hand" in text for text in caplog.messages)
 
 
 def alive(pid: int) -> bool:

@@ -137,8 +137,9 @@ def _report(found: "Curated", facts: dict[str, Any], images: "ImageSource", *, t
     from dinov2cli.report.thumbnails import spread, thumbnails
 
     before, after = facts["bytes_before"], facts["bytes_after"]
+    parts = facts["shards"]
     tiles = [
-        Tile("images", f"{facts['images']:,}", f"in {facts['shards']:,} parts, {facts['format']}"),
+        Tile("images", f"{facts['images']:,}", f"{facts['format']}, in {parts:,} part{'s' * (parts != 1)}"),
         Tile("bytes before", readable_bytes(before)),
         Tile("bytes after", readable_bytes(after), f"{after / max(1, before):.1%} of before"),
     ]

@@ -41,8 +41,8 @@ def pack(
 
     Every image is turned upright and scaled down (never up) until its shorter side has `--size` pixels, and stored as
     JPEG of quality 95. Files that are small and upright already (RGB or grey JPEG, PNG and WebP) are copied byte for
-    byte. The output is a selection: give it to any command as DATA; it no longer needs the
-    originals. Its folder `packed` holds plain Parquet, WebDataset shards or files, for other tools too.
+    byte. The output is a selection: give it to any command as DATA; it no longer needs the originals. Its folder
+    `packed` holds plain Parquet, WebDataset shards or files, for other tools too.
 
     Examples:
 

@@ -14,8 +14,9 @@ from PIL import Image
 from dinov2cli.data.augment import Augment
 from dinov2cli.data.bad import BadImage
 from dinov2cli.data.crop_loader import CropLoader
-from dinov2cli.data.crops import MultiCrop, Scratch
+from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.decode import Decoder, decode_image, open_image
+from dinov2cli.data.scratch import Scratch
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.spec import DataSpec
 from dinov2cli.errors import InputError

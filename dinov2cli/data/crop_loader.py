@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dinov2cli.data.bad import BadImage, BadImages
-from dinov2cli.data.crops import MultiCrop, Scratch
+from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.decode import MAX_PIXELS, Decoder, open_image
 from dinov2cli.data.ring import Ring, forks
+from dinov2cli.data.scratch import Scratch
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.visits import Shuffle, Visits
 from dinov2cli.data.workers import DEADLY, MAX_DEATHS, Hand, Pool

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2cli.data.scratch import Scratch
 from dinov2cli.errors import UserError
 
 BOX_TRIES = 10
-KEPT_BYTES = 64 << 20
-"""Memory used again for image after image is given back beyond this."""
 ASPECT_RANGE = (3 / 4, 4 / 3)
 """Width / height of a box, drawn log-uniformly (as torchvision's RandomResizedCrop)."""
 
@@ -70,25 +69,6 @@ class Cut(NamedTuple):
 
     box: Box
     flip: bool
-
-
-class Scratch:
-    """Memory that is used again: fresh memory costs a page fault per 4 KiB, often more than the work done in it.
-
-    What one huge image needs is not kept.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, *shape: int) -> Tensor:
-        """uint8 of this shape; what was taken before is overwritten."""
-        number = math.prod(shape)
-        if number > KEPT_BYTES:
-            return torch.empty(shape, dtype=torch.uint8)
-        if self._bytes.numel() < number:
-            self._bytes = torch.empty(number + number // 4, dtype=torch.uint8)
-        return self._bytes[:number].view(shape)
 
 
 def resize_box(pixels: Tensor, box: Box, size: int, scratch: Scratch) -> Tensor:

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from dinov2cli.data import scratch
 from dinov2cli.data.bad import BadImage
 from dinov2cli.data.jpeg import turbo_pixels
+from dinov2cli.data.scratch import Scratch
 
 # Pillow refuses above this by itself (twice its MAX_IMAGE_PIXELS); 13,000 x 13,000 passes.
 MAX_PIXELS = 178_956_970
@@ -28,8 +30,6 @@ MAX_ASPECT = 4.0
 # From here on Pillow's pixels are read where they lie; below, a copy without their fourth byte is made sooner.
 _IN_PLACE = 300_000
 _BLOCK_BYTES = 1 << 30
-KEPT_BYTES = 64 << 20
-"""Memory of an image beyond this is not kept for the next."""
 # What users have as images. Pillow knows more, among them EPS, for which it would run Ghostscript on the file.
 _FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000"),
@@ -94,7 +94,7 @@ class Decoder:
     """Decodes one image after another for crops, in memory that is used again: for one thread of a loader's worker."""
 
     def __init__(self) -> None:
-        self._buffer = np.empty(0, dtype=np.uint8)
+        self._scratch = Scratch()
         self._gave_large = False
 
     def stored(self, opened: Opened, shrink: int = 1) -> np.ndarray:
@@ -112,16 +112,12 @@ class Decoder:
         image = opened.image
         if self._gave_large:  # Pillow keeps the storage of the last images: not that of a huge one
             Image.core.clear_cache()
-        self._gave_large = image.width * image.height * 4 > KEPT_BYTES
+        self._gave_large = image.width * image.height * 4 > scratch.KEPT_BYTES
         pixels = turbo_pixels(opened.data, image.format, image.mode, image.size, shrink, self._room)
         return _values(_loaded(opened, shrink=shrink)) if pixels is None else pixels
 
     def _room(self, needed: int) -> np.ndarray:
-        if needed > KEPT_BYTES:
-            return np.empty(needed, dtype=np.uint8)
-        if len(self._buffer) < needed:
-            self._buffer = np.empty(needed + needed // 4, dtype=np.uint8)
-        return self._buffer
+        return self._scratch.take(needed).numpy()
 
 
 def resize_center_crop(image_HWC: np.ndarray, resize: int, crop: int) -> torch.Tensor:

@@ -11,8 +11,9 @@ from PIL import Image, ImageOps
 from scipy import stats
 from skimage import data as photographs
 
-from dinov2cli.data.crops import Box, Cut, MultiCrop, Scratch, random_box, resize_box, sample_rng, stored_box, turned
+from dinov2cli.data.crops import Box, Cut, MultiCrop, random_box, resize_box, sample_rng, stored_box, turned
 from dinov2cli.data.decode import Decoder, open_image
+from dinov2cli.data.scratch import Scratch
 from dinov2cli.errors import UserError
 
 

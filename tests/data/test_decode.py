@@ -272,7 +272,7 @@ class TestDecoder:
 
     @pytest.mark.parametrize("format", ["JPEG", "PNG"])
     def test_what_a_huge_image_needs_is_not_kept(self, format, monkeypatch):
-        monkeypatch.setattr(decode, "KEPT_BYTES", 10_000)
+        monkeypatch.setattr(decode.scratch, "KEPT_BYTES", 10_000)
         cleared = []
         monkeypatch.setattr(decode.Image.core, "clear_cache", lambda: cleared.append(True))
         decoder = Decoder()
@@ -280,7 +280,7 @@ class TestDecoder:
             pixels = decoder.stored(open_image(file_of(photo(size), format), name="x"))
             assert pixels.shape[:2] == size[::-1]
         assert cleared == [True]
-        assert decoder._buffer.nbytes <= 10_000
+        assert decoder._scratch._bytes.nbytes <= 10_000
 
     def test_other_formats_ignore_shrink(self):
         assert Decoder().stored(open_image(file_of(photo()), name="x"), 4).shape[:2] == (251, 333)

@@ -57,6 +57,19 @@ def choices(device: torch.device) -> list[Choice]:
     return [choose(operator, device) for operator in OPERATORS]
 
 
+def summary(device: torch.device) -> str:
+    """One line: what every operator runs on, with the reason where that is not its first choice."""
+    chosen = choices(device)
+    if device.type == "cpu" and not any(choice.forced for choice in chosen) and not interpreted():
+        return "torch's own, for our kernels need a GPU"
+    first = {choice.operator: OPERATORS[choice.operator][0] for choice in chosen}
+    return ", ".join(
+        f"{choice.operator} {choice.backend}"
+        + ("" if choice.backend == first[choice.operator] and not choice.forced else f" ({choice.reason})")
+        for choice in chosen
+    )
+
+
 def missing(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run on `device`, None if it can. May build the CUDA kernels, which takes a minute once."""
     if backend == "cuda":
@@ -97,7 +110,7 @@ def _choose(
 
 def _first(operator: str, candidates: tuple[str, ...], device: torch.device) -> Choice:
     """The first back end that is there, with what the ones before it lack."""
-    lacks = []
+    lacks: list[str] = []
     for backend in candidates:
         why = missing(backend, device)
         if why is None:

@@ -20,6 +20,8 @@ from dinov2cli.data.jpeg import turbo
 from dinov2cli.data.source import open_source
 from dinov2cli.data.workers import default_workers
 from dinov2cli.device import choose_device, choose_precision
+from dinov2cli.errors import UserError
+from dinov2cli.kernels.dispatch import choices, summary
 
 State = Literal["ok", "advice", "problem"]
 _FEW_FILES = 4096
@@ -42,11 +44,14 @@ def examine(device: str = "auto", data: str | None = None, arch: str | None = No
     where = choose_device(device)
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield _torch(where)
+    kernels = _kernels(where)
+    yield kernels
     yield _decoder()
     yield _faiss()
     yield from _optional()
     yield from _resources()
-    yield _feeding(where, data or _DATA, arch)
+    if kernels.state != "problem":  # without them no step can be timed
+        yield _feeding(where, data or _DATA, arch)
 
 
 def verdict(findings: list[Finding]) -> tuple[str, bool]:
@@ -75,6 +80,18 @@ def _torch(device: torch.device) -> Finding:
             "torch", found, "advice", "a CUDA build without a usable GPU: check the driver, or install the CPU build"
         )
     return Finding("torch", found)
+
+
+def _kernels(device: torch.device) -> Finding:
+    """What the operators of a training step run on."""
+    try:
+        found = summary(device)
+    except UserError as error:
+        return Finding("kernels", str(error), "problem")
+    lacking = {choice.backend for choice in choices(device) if not choice.forced} & {"xformers", "sdpa", "torch"}
+    if device.type == "cuda" and lacking:
+        return Finding("kernels", found, "advice", "`dinov2 kernels info` says what each one lacks")
+    return Finding("kernels", found)
 
 
 def _decoder() -> Finding:

@@ -14,9 +14,10 @@ from dinov2cli.bench.textbook import ema, textbook_loss
 from dinov2cli.data.augment import Augment
 from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.loader import CropLoader
-from dinov2cli.data.masks import make_masks, masked_tokens
+from dinov2cli.data.masks import MaskedTokens, make_masks, masked_tokens
 from dinov2cli.data.source import open_source
 from dinov2cli.data.workers import default_workers
+from dinov2cli.kernels.dispatch import choices
 from dinov2cli.models.flops import step_flops
 from dinov2cli.models.registry import build
 from dinov2cli.train.ema import ema_update, pair_parameters
@@ -46,16 +47,28 @@ class Case:
     seed: int
 
 
-def default_case(device: str, seed: int) -> Case:
-    """ViT-S/14 with 65,536 prototypes and drop path 0.3: the paper's crops on a GPU, small ones on a CPU."""
+_ON_A_GPU = {"vits14": (128, 65536, 0.3), "vitb14": (96, 65536, 0.3), "vitl14": (64, 131072, 0.4)}
+_LARGE = (24, 131072, 0.4)
+"""Batch, prototypes and stochastic depth of the paper's runs per architecture, in what one 80 GB GPU holds."""
+
+
+def default_case(device: str, seed: int, arch: str = "vits14") -> Case:
+    """The paper's crops, prototypes and stochastic depth on a GPU; on a CPU 65,536 prototypes and small crops."""
     chosen = setup(device)
     if chosen.device.type == "cuda":
-        return Case("vits14", 64, 65536, 224, 98, 8, 0.3, chosen.precision, str(chosen.device), seed)
-    return Case("vits14", 16, 65536, 98, 42, 8, 0.3, chosen.precision, str(chosen.device), seed)
+        batch, prototypes, drop = _ON_A_GPU.get(arch, _LARGE)
+        return Case(arch, batch, prototypes, 224, 98, 8, drop, chosen.precision, str(chosen.device), seed)
+    batch = 16 if arch == "vits14" else 4
+    return Case(arch, batch, 65536, 98, 42, 8, 0.3, chosen.precision, str(chosen.device), seed)
 
 
 def run(
-    device: str = "auto", seed: int = 0, rounds: int = 3, case: Case | None = None, reference: bool = False
+    device: str = "auto",
+    seed: int = 0,
+    rounds: int = 3,
+    case: Case | None = None,
+    reference: bool = False,
+    arch: str = "vits14",
 ) -> dict[str, Any]:
     """Time the step on noise and part by part on real images; with `reference` beside the textbook step.
 
@@ -65,8 +78,9 @@ def run(
     process of its own on a CPU) and `state_mib`. With `reference` also `reference_images_per_s`, `reference_seconds`,
     `reference_gflop`, `reference_memory_mib`, `speedup` and `memory_ratio` (reference over ours, ours over reference;
     timed by turns), `floor_speedup` (the ratio of operations) and `loss_difference` (relative, in float32, no drops).
+    `kernels` says what each operator ran on.
     """
-    case = case or default_case(device, seed)
+    case = case or default_case(device, seed, arch)
     sides = [Step(case, plain=False)] + ([Step(case, plain=True)] if reference else [])
     times = time_by_turns(sides, rounds)
     flops = [case_flops(step) for step in sides]
@@ -83,6 +97,7 @@ def run(
         "mfu": flops[0] / best / peak,
         "parts": parts,
         "state_mib": state / 2**20,
+        "kernels": ", ".join(f"{c.operator} {c.backend}" for c in choices(sides[0].parallel.device)),
     }
     del sides
     memory = memory_above_state(case, plain=False)
@@ -125,8 +140,8 @@ class Step:
         self.batch = make_batch(case, self.backbone.patch_size, self.parallel.device)
         self.generator = torch.Generator().manual_seed(case.seed)
 
-    def __call__(self, batch: dict[str, Tensor] | None = None, mark: Callable[[str], None] = lambda _: None) -> None:
-        """One step on `batch` (default: the fixed one); `mark` is told the name of each part that ends."""
+    def __call__(self, batch: dict[str, Tensor] | None = None, mark: Callable[[str], None] = lambda _: None) -> Tensor:
+        """One step on `batch` (default: the fixed one) and its loss; `mark` is told the name of each part that ends."""
         self.optimizer.zero_grad()
         total = self.loss(batch or self.batch, mark)
         total.backward()
@@ -140,22 +155,26 @@ class Step:
         mark("optimizer")
         (ema if self.plain else ema_update)(*self.averaged, MOMENTUM)
         mark("ema")
+        return total.detach()
 
     def loss(self, batch: dict[str, Tensor], mark: Callable[[str], None] = lambda _: None) -> Tensor:
         """The loss of a batch, by our step or the textbook's."""
         drop, model = self.case.drop_path, self.model
         with self.parallel.autocast():
+            crops, device = batch["global_crops"], batch["global_crops"].device
+            masks = batch["masks"].to(device, non_blocking=True)
             if self.plain:
-                inputs: dict[str, Any] = {**batch, "teacher_temperature": TEMPERATURE, "generator": self.generator}
-                return textbook_loss(model, drop_path=drop, **inputs)
-            tokens, crops = masked_tokens(batch["masks"]), batch["global_crops"]
+                inputs: dict[str, Any] = {**batch, "masks": masks, "generator": self.generator}
+                return textbook_loss(model, drop_path=drop, teacher_temperature=TEMPERATURE, **inputs)
+            # As in a run: counted on the host, or it would have to wait for a GPU to know how many there are.
+            tokens = MaskedTokens(*(part.to(device, non_blocking=True) for part in masked_tokens(batch["masks"])))
             targets = teacher_targets(model, crops, tokens.indices, temperature=TEMPERATURE, iterations=3)
             mark("teacher")
             views = student_views(
                 model.student.backbone,
                 crops,
                 batch["local_crops"],
-                batch["masks"],
+                masks,
                 tokens.indices,
                 generator=self.generator,
             )
@@ -186,7 +205,7 @@ def training_rate(arch: str, device: torch.device, crop: MultiCrop) -> tuple[flo
 
 
 def make_batch(case: Case, patch_size: int, device: torch.device) -> dict[str, Tensor]:
-    """Crops of noise and masks: the arithmetic does not depend on what the images show."""
+    """Crops of noise on the device, and masks on the host: the arithmetic does not depend on what the images show."""
     generator = torch.Generator().manual_seed(case.seed)
     grid = case.global_size // patch_size
 
@@ -197,7 +216,7 @@ def make_batch(case: Case, patch_size: int, device: torch.device) -> dict[str, T
     return {
         "global_crops": crops(2, case.global_size),
         "local_crops": crops(case.local_number, case.local_size),
-        "masks": masks.to(device),
+        "masks": masks,
     }
 
 

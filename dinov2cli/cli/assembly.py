@@ -100,14 +100,24 @@ def assemble(
 ) -> dict[str, Any]:
     """Build what `train` takes, from the settings. Not `fresh`: a checkpoint will overwrite all weights."""
     from dinov2cli.data.augment import Augment
+    from dinov2cli.train.graphs import check_graphs
     from dinov2cli.train.network import build_ssl_model
     from dinov2cli.train.ssl import Objective
     from dinov2cli.train.step import Settings
 
     c, loss = config, config.loss
+    recompute = c.train.activation_checkpointing or parallel.activation_checkpointing
+    graphs = c.train.compile == "graphs"
+    if graphs:
+        check_graphs(
+            parallel.device,
+            world_size=parallel.world_size,
+            sharded=parallel.sharding.sharded,
+            accumulate=c.train.accumulate,
+            recompute=recompute,
+        )
     backbone, model_inputs = initial_backbone(c, source, look=fresh and not dry_run)
     model = build_ssl_model(backbone, **c.heads.model_dump(), centering=loss.centering, seed=c.seed)
-    recompute = c.train.activation_checkpointing or parallel.activation_checkpointing
     model.student.backbone.activation_checkpointing = recompute
     if c.train.compile:
         for network in (model.student, model.teacher):
@@ -134,6 +144,7 @@ def assemble(
             clip=c.optim.clip or None,
             accumulate=c.train.accumulate,
             depth_scope=c.drop_path.scope,
+            graphs=graphs,
         ),
         "augment": Augment(**c.augment.model_dump()),
         "parallel": parallel,

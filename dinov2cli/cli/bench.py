@@ -10,6 +10,10 @@ from dinov2cli.cli import options
 _BENCHES = {
     "data": "the input path part by part beside an all-Pillow pipeline, and the workers that a model needs",
     "train": "one training step part by part; with --reference beside a textbook step",
+    "attention": "attention of packed crops: every implementation that runs here, checked, then timed beside its floor",
+    "losses": "Sinkhorn and the prototype cross-entropy: our kernels and torch's operations beside a textbook's",
+    "stochastic-depth": "gather, norm and scaled add-back of the kept samples beside torch's operations",
+    "curve": "losses of 50 steps with our kernels and with plain torch: whether they coincide",
     "search": "neighbour search beside a brute-force matrix product",
     "knn": "the k-NN classifier beside scikit-learn's",
     "embed": "images per second from files to features, and the share of time spent waiting for images",
@@ -28,7 +32,7 @@ def bench(
         ),
     ] = None,
     arch: Annotated[
-        str | None, typer.Option("--arch", metavar="NAME", help="data: the model to feed, as vits14 (default).")
+        str | None, typer.Option("--arch", metavar="NAME", help="data, train, curve: the model, as vits14 (default).")
     ] = None,
     megapixels: Annotated[
         float | None,
@@ -61,11 +65,13 @@ def bench(
     talk = Talk(json_output=json_output, quiet=quiet)
     talk.say(f"bench {name}: {_BENCHES[name]}")
     extra: dict[str, Any] = {"reference": True} if reference and name == "train" else {}  # the others always compare
-    module = importlib.import_module(f"dinov2cli.bench.{name}")
+    module = importlib.import_module(f"dinov2cli.bench.{name.replace('-', '_')}")
     if name == "scaling":
         extra["recipes"] = {recipe: _settings(recipe) for recipe in module.RECIPES}
     if name == "data":
         extra |= {"data": data, "megapixels": megapixels, "arch": arch or "vits14"}
+    if arch is not None and name in ("train", "curve"):
+        extra["arch"] = arch
     if name == "ranks":
         extra |= {"ranks": processes or 2, "precision": precision or "fp32"}
     figures = module.run(device=device or "auto", seed=seed or 0, **extra)

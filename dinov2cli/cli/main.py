@@ -11,7 +11,21 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from dinov2cli import __version__
-from dinov2cli.cli import bench, curate, dedup, demo, doctor, embed, evaluate, export, info, pack, pretrain, recipes
+from dinov2cli.cli import (
+    bench,
+    curate,
+    dedup,
+    demo,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    info,
+    kernels,
+    pack,
+    pretrain,
+    recipes,
+)
 from dinov2cli.cli.launch import Ended
 from dinov2cli.distributed import LostRank, launched, leave, met, report_failure
 from dinov2cli.errors import DinoError, Preempted, WorkError
@@ -60,6 +74,7 @@ app.command("demo", rich_help_panel=_LOOK)(demo.demo)
 app.command("doctor", rich_help_panel=_LOOK)(doctor.doctor)
 app.command("info", rich_help_panel=_LOOK)(info.info)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=_LOOK)
+app.add_typer(kernels.app, name="kernels", rich_help_panel=_LOOK)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)
 
 
@@ -84,6 +99,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Large tensors in huge pages: a training step of ViT-S with 65,536 prototypes took 2.0 instead of 3.4 s.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Triton changes its default with 3.10 and 3.9 warns of it: our kernels keep fused multiply-adds.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _preempt)
     try:

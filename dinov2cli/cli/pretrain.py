@@ -167,7 +167,9 @@ def _prepare(
     `train`, the step to go on from, and what names the run in its manifest."""
     from dinov2cli.cli.assembly import assemble, batch_per_rank, identity_of, resolve_automatic
     from dinov2cli.data.source import open_source
+    from dinov2cli.kernels.dispatch import choices
 
+    choices(parallel.device)  # a back end that was asked for and is not there is told before anything is done
     recorded, start = before
     source = open_source(data)
     config = batch_per_rank(config, parallel.world_size)
@@ -256,12 +258,15 @@ def _footprint(config: "PretrainConfig", parts: dict[str, Any], masked: float) -
 
 
 def _announce(talk: "Talk", config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]) -> None:
+    from dinov2cli.kernels.dispatch import summary
+
     parallel, student = parts["parallel"], parts["model"].student
     millions = sum(p.numel() for p in student.parameters()) / 1e6
     talk.say(
         f"pretrain {config.model.arch} ({millions:.1f} M parameters with heads) on {len(source):,} images, "
         f"{_place(parallel)}, {parallel.precision} ({parallel.reason})"
     )
+    talk.say(f"  kernels: {summary(parallel.device)}")
     if config.model.init_from is not None:
         names = len(student.backbone.state_dict())
         talk.say(

@@ -132,6 +132,7 @@ class TrainSection(Section):
     """Length of the run: `steps`, or a `budget` such as `100 epochs`, `20000 images`, `300 steps`, `30m`.
 
     `accumulate` splits each batch into that many parts for memory's sake; Sinkhorn and KoLeo then see a part at a time.
+    `compile` compiles the blocks; `graphs` also replays them as CUDA graphs, for small models on one GPU.
     After `max_bad_steps` skipped steps in a row (loss or gradient not finite) the run stops.
     """
 
@@ -140,7 +141,7 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: Count = 1
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | Literal["graphs"] = False
     max_bad_steps: Count = 5
 
 

@@ -6,6 +6,9 @@ For a row with target q (any non-negative weights) and student logits s at tempe
 
 Both are computed in one go, a few rows at a time, while the rows are in cache: neither a log-softmax nor the targets
 exist as a whole (`RowTargets` recompute their rows), only one gradient in the logits' own type.
+
+On a GPU with Triton, kernels do it (`dinov2cli.kernels.cross_entropy_triton`, through `fused_cross_entropy`): there the
+backward pass writes the gradient over the logits, which must not be read any more after it.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from dinov2cli.kernels.dispatch import choose
 
 CHUNK_ELEMENTS = 1 << 18
 """Logits worked on at a time on a CPU: 1 MiB in float32, so that the passes over a chunk stay in its cache."""
@@ -82,6 +87,12 @@ def crops_cross_entropy(
 def _apply(
     logits: Tensor, targets: Tensor | RowTargets, temperature: float, teachers: tuple[tuple[int, ...], ...]
 ) -> Tensor:
+    if logits.dtype != torch.float64 and choose("cross-entropy", logits.device).backend == "triton":
+        from dinov2cli.losses.fused_cross_entropy import fused_cross_entropy
+
+        fused = fused_cross_entropy(logits, targets, temperature, teachers)
+        if fused is not None:
+            return fused
     with torch.autocast(device_type=logits.device.type, enabled=False):  # vecdot would fall to 16 bit
         loss: Tensor = _CropsCrossEntropy.apply(logits, targets, temperature, teachers)
     return loss

@@ -14,14 +14,20 @@ Overflow: exp(logit / 0.04) leaves float32 once a logit exceeds 3.5, which train
 E is taken relative to the maximum c of each column (over all ranks) and then to the maximum r of each row of what is
 left: E[m, k] = exp((logit[m, k] - c[k] - r[m]) / T) <= 1 with a 1 in every row and every column, so no sum can
 vanish or overflow, for any finite logits. The shifts are absorbed by u and v, but for the start v = exp(r / T).
+
+On a GPU with Triton the same vectors come from kernels that read the logits six times for three iterations and write
+vectors only (`dinov2cli.kernels.sinkhorn_triton`): the first column step needs no shift per row yet, so it finds maxima
+and sums in one pass, and so does the first row step.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov2cli.kernels.dispatch import choose
 from dinov2cli.losses.collectives import reduce_max, reduce_sum
 from dinov2cli.losses.cross_entropy import chunks_of, compute_dtype
 
@@ -45,6 +51,10 @@ class SinkhornTargets:
     def shape(self) -> torch.Size:
         """[M, K]."""
         return self.logits.shape
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Column shift, row shift, column scale and row scale, for kernels that compute the targets themselves."""
+        return self.column_shift, self.row_shift, self.column_scale, self.row_scale
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Targets of rows `start` to `stop`: [stop - start, K], each valid row summing to 1."""
@@ -78,6 +88,8 @@ def sinkhorn_scalings(
         raise ValueError(f"logits must be [M, K] and valid [M], got {list(logits.shape)} and {valid}")
     if iterations < 1 or temperature <= 0:
         raise ValueError(f"need iterations >= 1 and temperature > 0, got {iterations} and {temperature}")
+    if logits.dtype != torch.float64 and choose("sinkhorn", logits.device).backend == "triton":
+        return _fused(logits.detach(), temperature, iterations, valid, group)
     with torch.autocast(device_type=logits.device.type, enabled=False):
         column_shift, row_shift = _shifts(logits, valid, group)
         targets = SinkhornTargets(
@@ -105,12 +117,49 @@ def sinkhorn_targets(
     return sinkhorn_scalings(logits, temperature, iterations=iterations, valid=valid, group=group).materialize()
 
 
+def _fused(
+    logits: Tensor, temperature: float, iterations: int, valid: Tensor | None, group: dist.ProcessGroup | None
+) -> SinkhornTargets:
+    """As `sinkhorn_scalings`, by kernels. No step waits for the GPU."""
+    from dinov2cli.kernels import losses as kernels
+
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    valid = valid if valid is None else valid.contiguous()
+    per_unit = math.log2(math.e) / temperature
+    share = reduce_sum(_row_count(len(logits), valid, torch.float32, logits.device), group) / logits.shape[1]
+
+    def row_factors(row_sum: Tensor) -> Tensor:
+        scale = row_sum.reciprocal()
+        return scale if valid is None else torch.where(valid, scale, 0)
+
+    def column_factors(column_sum: Tensor) -> Tensor:
+        # Sums are positive by construction; the clamp serves a batch without a single valid row anywhere.
+        return share / reduce_sum(column_sum, group).clamp(min=torch.finfo(torch.float32).tiny)
+
+    own_top, column_sum = kernels.columns_first(logits, valid, per_unit)
+    top = reduce_max(own_top if group is None else own_top.clone(), group)
+    column_shift = torch.where(top == -torch.inf, 0, top)
+    if group is not None:
+        column_sum = column_sum * ((own_top - column_shift) * per_unit).exp2_()
+    column_scale = column_factors(column_sum)
+    row_shift, row_sum = kernels.rows_first(logits, column_shift, column_scale, per_unit)
+    row_shift = row_shift if valid is None else torch.where(valid, row_shift, 0)
+    row_scale = row_factors(row_sum)
+    for _ in range(iterations - 1):
+        column_scale = column_factors(kernels.columns_sum(logits, column_shift, row_shift, row_scale, per_unit))
+        row_scale = row_factors(kernels.rows_sum(logits, column_shift, row_shift, column_scale, per_unit))
+    return SinkhornTargets(logits, temperature, column_shift, row_shift, column_scale, row_scale, valid)
+
+
+def _row_count(rows: int, valid: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), rows, dtype=dtype, device=device) if valid is None else valid.sum().to(dtype)
+
+
 def _iterate(targets: SinkhornTargets, iterations: int, group: dist.ProcessGroup | None) -> None:
     """Update the scale vectors in place; reads the kernel once per iteration, plus once before."""
     u, v, valid = targets.column_scale, targets.row_scale, targets.valid
     chunks = chunks_of(targets.logits)
-    rows = torch.full((), len(v), dtype=u.dtype, device=u.device) if valid is None else valid.sum().to(u.dtype)
-    share = reduce_sum(rows, group) / len(u)
+    share = reduce_sum(_row_count(len(v), valid, u.dtype, u.device), group) / len(u)
     kept = _kernel_rows(targets, *chunks[0]) if len(chunks) == 1 else None  # small enough: exponentiate once
     for iteration in range(iterations + 1):
         column_sum = torch.zeros_like(u)

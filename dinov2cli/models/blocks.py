@@ -5,7 +5,6 @@ H heads, C width of a head. A pack x_TD is described by `groups`, a list of (B, 
 Parameter names are those of the official DINOv2 checkpoints.
 """
 
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dinov2cli.models.depth import Groups, Kept, add_residual, join
-
-PLAIN_TOKENS = 300  # longest sequence whose attention matrix is written out on a CPU
+from dinov2cli.kernels.attention import PLAIN_TOKENS as PLAIN_TOKENS
+from dinov2cli.kernels.attention import attend as attend
+from dinov2cli.kernels.attention import attention
+from dinov2cli.models.depth import Groups, Kept, add_fused, add_residual
 
 
 def swiglu_hidden(embed_dim: int, mlp_ratio: float) -> int:
@@ -45,29 +45,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x_TD: Tensor, groups: Groups) -> Tensor:
-        """Attend within every sample. One kernel launch per run of groups whose samples are equally long."""
-        runs = [(sum(b for b, _ in run), n) for n, run in groupby_length(groups)]
-        outputs = []
-        for chunk, (b, n) in zip(self.qkv(x_TD).split([b * n for b, n in runs]), runs, strict=True):
-            width = chunk.shape[-1] // 3
-            heads = chunk.view(b, n, 3, self.num_heads, width // self.num_heads)
-            q_BHNC, k_BHNC, v_BHNC = heads.permute(2, 0, 3, 1, 4).unbind(0)
-            out_BHNC = attend(q_BHNC, k_BHNC, v_BHNC)
-            outputs.append(out_BHNC.transpose(1, 2).reshape(b * n, width))
-        return self.proj(join(outputs))
-
-
-def attend(q_BHNC: Tensor, k_BHNC: Tensor, v_BHNC: Tensor) -> Tensor:
-    """Attention of equally long samples: torch's fused kernel, but for short 16-bit sequences on a CPU.
-
-    There the fused kernel's backward pass is 6 to 13 times slower than three plain products (measured for 10, 50
-    and 65 tokens in bf16; forward 1.2 to 2.5 times), and a short sequence's N x N matrix is small.
-    """
-    plain = q_BHNC.device.type == "cpu" and q_BHNC.dtype == torch.bfloat16 and q_BHNC.shape[-2] <= PLAIN_TOKENS
-    if not plain:
-        return F.scaled_dot_product_attention(q_BHNC, k_BHNC, v_BHNC)
-    scores_BHNN = (q_BHNC * q_BHNC.shape[-1] ** -0.5) @ k_BHNC.transpose(-1, -2)
-    return scores_BHNN.softmax(-1) @ v_BHNC
+        """Attend within every sample, by what suits device, type and length (kernels/attention.py)."""
+        qkv_T3D = self.qkv(x_TD).unflatten(-1, (3, -1))
+        return self.proj(attention(qkv_T3D.unflatten(-1, (self.num_heads, -1)), groups))
 
 
 class Mlp(nn.Module):
@@ -176,10 +156,17 @@ class Block(nn.Module):
         if kept is None:
             x_TD = x_TD + self.attention_branch(x_TD, groups)
             return x_TD + self.ffn_branch(x_TD, groups)
+        if kept.fused:
+            return self.fused(x_TD, groups, kept)
         x_TD = add_residual(self.attention_branch, x_TD, groups, kept.attention, kept.scale)
         return add_residual(self.ffn_branch, x_TD, groups, kept.ffn, kept.scale)
 
+    def fused(self, x_TD: Tensor, groups: Groups, kept: Kept) -> Tensor:
+        """`forward` for kept samples, norms and gains done by the kernels that gather and add back."""
 
-def groupby_length(groups: Groups) -> list[tuple[int, Groups]]:
-    """Neighbouring groups whose samples have the same number of tokens, as (N, groups)."""
-    return [(n, list(run)) for n, run in groupby(groups, key=lambda group: group[1])]
+        def feed_forward(y_TD: Tensor, _: Groups) -> Tensor:
+            return self.mlp(y_TD)
+
+        gains = [ls.gamma if isinstance(ls, LayerScale) else None for ls in (self.ls1, self.ls2)]
+        x_TD = add_fused(self.attn, x_TD, groups, kept.attention, kept.scale, norm=self.norm1, gamma=gains[0])
+        return add_fused(feed_forward, x_TD, groups, kept.ffn, kept.scale, norm=self.norm2, gamma=gains[1])

@@ -9,19 +9,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from dinov2cli.kernels import depth as kernels
+from dinov2cli.kernels.dispatch import choose
 
 Groups = list[tuple[int, int]]
 
 
 class Kept(NamedTuple):
     """Samples on which one block runs its two residual branches: for each group an int64 index tensor (of this
-    process's samples, possibly none) and what the branch is scaled by, all samples over those kept of them."""
+    process's samples, possibly none) and what the branch is scaled by, all samples over those kept of them. `fused`:
+    by our kernels rather than torch."""
 
     attention: list[Tensor]
     ffn: list[Tensor]
     scale: list[float]
+    fused: bool = False
 
 
 class Share(NamedTuple):
@@ -57,9 +62,35 @@ def add_residual(
     update_TD = branch(join([x.reshape(-1, width) for x in subset]), sub_groups).to(x_TD.dtype)
     summed = []
     for x, index, update, (b, n), factor in zip(rows, kept, split(update_TD, sub_groups), groups, scale, strict=True):
-        total: Tensor = _AddRows.apply(x, index, update.reshape(len(index), n * width), factor)
+        added = update.reshape(len(index), n * width)
+        # The compiler keeps no more than it needs anyway, and cannot look into _AddRows where `factor` varies.
+        compiling = torch.compiler.is_compiling()
+        total: Tensor = x.index_add(0, index, added * factor) if compiling else _AddRows.apply(x, index, added, factor)
         summed.append(total.view(b * n, width))
     return join(summed)
+
+
+def add_fused(
+    branch: Callable[[Tensor, Groups], Tensor],
+    x_TD: Tensor,
+    groups: Groups,
+    kept: list[Tensor],
+    scale: list[float],
+    *,
+    norm: nn.LayerNorm,
+    gamma: Tensor | None,
+) -> Tensor:
+    """As add_residual, with the `norm` before the branch and LayerScale's `gamma` behind it done in the same passes.
+
+    Under autocast the normalised tokens are written in 16 bit, the type the branch's first linear layer would convert
+    them to: one pass less. The statistics are float32 all the same.
+    """
+    kind = x_TD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+    sizes = [number for group in groups for number in group]
+    y_TD, link, slots = kernels.gather_norm(x_TD, kept, sizes, norm.weight, norm.bias, norm.eps, dtype)
+    update_TD = branch(y_TD, [(len(index), n) for index, (_, n) in zip(kept, groups, strict=True)])
+    return kernels.scatter_add(x_TD, link, slots, update_TD, kept, sizes, gamma, scale)
 
 
 class _AddRows(torch.autograd.Function):
@@ -114,12 +145,14 @@ def draw_kept(
     ]
     if not drawn:
         return [None] * len(rates)
+    fused = choose("stochastic depth", device).backend == "triton"
     pieces = iter(torch.cat(drawn).to(device, non_blocking=True).split([len(index) for index in drawn]))
     return [
         Kept(
             [next(pieces) for _ in groups],
             [next(pieces) for _ in groups],
             [b / count for b, count in zip(sizes, row, strict=True)],
+            fused,
         )
         if rate > 0
         else None

@@ -44,30 +44,37 @@ class Prototypes(nn.Module):
         """
         kind = x.device.type
         fast = kind == "cpu" and torch.is_autocast_enabled(kind)
+        x = x.to(self.weight_v.dtype)
+        # On a GPU a pass over the logits costs more than one over the weights, if there are more rows than widths.
+        scale_weights = kind == "cuda" and x.shape[:-1].numel() > x.shape[-1]
         with torch.autocast(device_type=kind, enabled=False):
-            logits: Tensor = _WeightNormLinear.apply(x.to(self.weight_v.dtype), self.weight_v, self.weight_g, fast)
+            logits: Tensor = _WeightNormLinear.apply(x, self.weight_v, self.weight_g, fast, scale_weights)
         return logits
 
 
 class _WeightNormLinear(torch.autograd.Function):
-    """x -> x (g v / |v|)' without ever writing the normalised weight, which is larger than everything else here.
+    """x -> x (g v / |v|)', a part of the prototypes at a time going backward.
 
     With s = g / |v| per row: y = (x v') * s, and for the gradient G of y: d x = (G * s) v, P = (G * s)' x,
-    c = rowsum(v * P), d v = P - v * c / |v|^2, d g = c / g.
+    c = rowsum(v * P), d v = P - v * c / |v|^2, d g = c / g. The factors s are applied to y and G, so that the
+    normalised weight is never written, or with `scale_weights` to v and P: y = x (v * s)', d x = G (v * s),
+    P = (G' x) * s, which saves a pass over y and one over G. `fast` is as for `_input_rounding`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_v: Tensor, weight_g: Tensor, fast: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_v: Tensor, weight_g: Tensor, fast: bool, scale_weights: bool) -> Tensor:
         length = torch.linalg.vector_norm(weight_v, dim=-1).clamp_min(_SHORTEST.get(weight_v.dtype, 1e-12))
         scale = weight_g[:, 0] / length
         ctx.save_for_backward(x, weight_v, weight_g, length, scale)
-        ctx.fast = fast
+        ctx.fast, ctx.scale_weights = fast, scale_weights
         with _input_rounding(fast):
+            if scale_weights:
+                return F.linear(x, weight_v * scale[:, None])
             return F.linear(x, weight_v).mul_(scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_v, weight_g, length, scale = ctx.saved_tensors
         rows, outer = x.flatten(0, -2), grads[0].flatten(0, -2)
         wanted = ctx.needs_input_grad[1]
@@ -75,12 +82,16 @@ class _WeightNormLinear(torch.autograd.Function):
         along = torch.empty_like(length)
         for start in range(0, len(length), _ROWS):  # a block of prototypes at a time: no second copy of the gradient
             part = slice(start, start + _ROWS)
-            scaled, v = outer[:, part] * scale[part], weight_v[part]
+            scaled, v, factor = outer[:, part], weight_v[part], scale[part]
+            if not ctx.scale_weights:
+                scaled = scaled * factor
             with _input_rounding(ctx.fast):
-                grad_rows += scaled @ v
+                grad_rows += scaled @ (v * factor[:, None] if ctx.scale_weights else v)
                 if grad_v is None:
                     continue
                 block = scaled.t() @ rows
+            if ctx.scale_weights:
+                block *= factor[:, None]
             along[part] = (v * block).sum(-1)
             torch.addcmul(block, v, (along[part] / length[part].square())[:, None], value=-1, out=grad_v[part])
         grad_x = grad_rows.view_as(x)
@@ -88,14 +99,16 @@ class _WeightNormLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:  # exact but for a gain of exactly 0, which then stays where it is
             gain = weight_g[:, 0]
             grad_g = torch.where(gain == 0, 0, along / gain)[:, None]
-        return grad_x, grad_v, grad_g, None
+        return grad_x, grad_v, grad_g, None, None
 
 
 @contextmanager
 def _input_rounding(fast: bool) -> Iterator[None]:
     """Let float32 products on a CPU round their inputs to bf16, summing in float32.
 
-    It also takes them to oneDNN, whose plain float32 product is twice as fast as the default's on some machines.
+    It also takes them to oneDNN, whose plain float32 product is twice as fast as the default's on some machines. (On
+    a GPU TF32 is set for the whole process, in train/parallel.py: torch refuses products whose precision was set by
+    this newer switch alone.)
     """
     settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to the type stubs
     before = settings.fp32_precision

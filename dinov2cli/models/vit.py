@@ -5,7 +5,7 @@ except the stochastic depth, whose randomness comes from an explicit generator. 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinov2cli.errors import UserError
 from dinov2cli.models.blocks import Block, LayerScale, PatchEmbed
-from dinov2cli.models.depth import Groups, Share, draw_kept, join, split
+from dinov2cli.models.depth import Groups, Kept, Share, draw_kept, join, split
 
 
 class ViTOutput(NamedTuple):
@@ -72,6 +72,7 @@ class VisionTransformer(nn.Module):
         self.interpolate_offset, self.interpolate_antialias = interpolate_offset, interpolate_antialias
         self.grid = img_size // patch_size
         self.activation_checkpointing = False  # set: blocks are computed again in the backward pass, to save memory
+        self.runner: Callable[[Tensor, Groups, list[Kept | None]], Tensor] | None = None  # set: runs the blocks instead
         self.set_drop_path(drop_path, uniform=drop_path_uniform)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -197,6 +198,17 @@ class VisionTransformer(nn.Module):
         groups: Groups = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
         x_TD = join([tokens.flatten(0, 1) for tokens in embedded])
         kept_by_block = self.draw_depth(groups, generator, x_TD.device, share)
+        x_TD = (self.runner or self.run_blocks)(x_TD, groups, kept_by_block)
+        normed = split(self.norm(x_TD), groups)
+        first = 1 + self.num_register_tokens
+        outputs = []
+        for norm_TD, pre_TD, group in zip(normed, split(x_TD, groups), groups, strict=True):
+            tokens, prenorm = norm_TD.unflatten(0, group), pre_TD.unflatten(0, group)
+            outputs.append(ViTOutput(tokens[:, 0], tokens[:, 1:first], tokens[:, first:], prenorm))
+        return outputs
+
+    def run_blocks(self, x_TD: Tensor, groups: Groups, kept_by_block: list[Kept | None]) -> Tensor:
+        """The pack after all blocks."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for block, kept in zip(self.blocks, kept_by_block, strict=True):
             # Nothing in a block is random (`kept` is drawn already), so no random state needs to be kept either.
@@ -205,13 +217,7 @@ class VisionTransformer(nn.Module):
                 if recompute
                 else block(x_TD, groups, kept)
             )
-        normed = split(self.norm(x_TD), groups)
-        first = 1 + self.num_register_tokens
-        outputs = []
-        for norm_TD, pre_TD, group in zip(normed, split(x_TD, groups), groups, strict=True):
-            tokens, prenorm = norm_TD.unflatten(0, group), pre_TD.unflatten(0, group)
-            outputs.append(ViTOutput(tokens[:, 0], tokens[:, 1:first], tokens[:, first:], prenorm))
-        return outputs
+        return x_TD
 
     def draw_depth(
         self, groups: Groups, generator: torch.Generator | None, device: torch.device, share: Share | None = None

@@ -6,6 +6,7 @@ whose loss or gradient is not finite leaves the student and its moments as they 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from dinov2cli.data.masks import make_masks
 from dinov2cli.errors import UserError
 from dinov2cli.models.depth import Share
 from dinov2cli.train.ema import ema_update, pair_parameters
+from dinov2cli.train.graphs import BlockGraphs
 from dinov2cli.train.optim import apply_schedule, clip_gradients
 from dinov2cli.train.parallel import Parallel
 from dinov2cli.train.schedules import StepValues
@@ -44,7 +46,8 @@ class Settings:
 
     `accumulate` splits a batch into that many equal parts, whose gradients are averaged: Sinkhorn, KoLeo and stochastic
     depth then see one part at a time, and only the memory of one part is needed. `depth_scope` says whether stochastic
-    depth keeps its share of the samples of all ranks, or (as in the paper) of each.
+    depth keeps its share of the samples of all ranks, or (as in the paper) of each. `graphs` replays the blocks as CUDA
+    graphs (see `check_graphs` for where that works).
     """
 
     objective: Objective
@@ -54,6 +57,7 @@ class Settings:
     clip: float | None = 3.0
     accumulate: int = 1
     depth_scope: Scope = "global"
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Stepper:
         self.augment, self.parallel, self.batch_size, self.grid = augment, parallel, batch_size, grid
         self.scaler = parallel.grad_scaler()
         model = networks.model
+        self.graphs = BlockGraphs([model.student.backbone, model.teacher.backbone]) if settings.graphs else None
         self.averaged = pair_parameters(model.teacher, model.student)
         self.clipped = {name: list(part.parameters()) for name, part in model.student.named_children()}
         everyone = batch_size * parallel.world_size
@@ -165,7 +170,7 @@ class Stepper:
         for number in range(parts):
             part = slice(number * size, (number + 1) * size)
             with self.networks.part(number + 1 == parts):
-                with parallel.autocast():
+                with parallel.autocast(), self.graphs.running() if self.graphs else nullcontext():
                     views = ssl_losses(
                         self.networks.model,
                         self.settings.objective,

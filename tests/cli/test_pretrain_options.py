@@ -69,6 +69,8 @@ def test_savers_of_memory_train_to_the_same_kind_of_run(dinov2, photos, tmp_path
         ("phases=[{steps: 3, size: 64}]", "phases.0.size (--set): found 64, extra inputs are not permitted"),
         ("train.accumulate=3", "train.accumulate: found 3 parts of 8 images (data.batch_size), expected a divisor"),
         ("heads.prototypes=many", "heads.prototypes"),
+        ("train.compile=maybe", "train.compile"),
+        ("train.compile=graphs", "train.compile=graphs: CUDA graphs need an NVIDIA GPU, this is cpu; use"),
         ("loss.centering=off", "loss.centering"),
     ],
 )

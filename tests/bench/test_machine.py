@@ -14,7 +14,8 @@ def findings():
 
 
 def test_everything_is_looked_at(findings):
-    assert list(findings) == ["python", "torch", "decoder", "faiss", "extras", "machine", "open files", "disk", "input"]
+    names = ("python", "torch", "kernels", "decoder", "faiss", "extras", "machine", "open files", "disk", "input")
+    assert tuple(findings) == names
     assert torch.__version__ in findings["torch"].found
     assert "images/s" in findings["input"].found and "tiny takes" in findings["input"].found
     assert all(bool(finding.advice) == (finding.state != "ok") for finding in findings.values())
@@ -57,3 +58,13 @@ def test_verdicts():
     fine, advised = Finding("a", "x"), Finding("b", "y", "advice", "do z")
     assert verdict([fine]) == ("ready", True)
     assert verdict([fine, advised]) == ("ready; more can be had from b", True)
+
+
+def test_a_back_end_that_is_not_there_is_a_problem_and_no_step_is_timed(monkeypatch):
+    monkeypatch.setenv("DINOV2_KERNELS", "cuda")
+    findings = {finding.name: finding for finding in machine.examine("cpu")}
+    assert findings["kernels"].state == "problem"
+    assert "need an NVIDIA GPU" in findings["kernels"].found
+    assert "input" not in findings
+    text, ready = machine.verdict(list(findings.values()))
+    assert not ready and "kernels" in text

@@ -263,7 +263,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(originals, tmp_path, form):
         run.send_signal(signal.SIGKILL)
         kills += run.wait() == -signal.SIGKILL
     assert kills == 2 and not read_manifest(out).complete
-    written = {path: path.stat().st_mtime_ns for path in out.glob("packed_index/*.parquet")}
+    written = {path: path.stat().st_mtime_ns for path in out.glob("packed_index/pack-*.parquet")}
     done = subprocess.run(command(out, 1), check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(out) == contents(tmp_path / "whole")

@@ -119,4 +119,4 @@ def test_recipes_are_listed_shown_copied_and_checked(dinov2, tmp_path):
 def test_bench_refuses_unknown_names(dinov2):
     done = dinov2("bench", "nothing")
     assert done.code == 2
-    assert re.search(r"no such benchmark; expected one of data, train, search, knn", done.err)
+    assert re.search(r"no such benchmark; expected one of data, train, attention, losses", done.err)

@@ -162,10 +162,9 @@ def our_targets(logits: Tensor) -> RowTargets:
 def our_loss(logits: Logits, class_targets: RowTargets, patch_targets: RowTargets) -> Tensor:
     """The product's DINO and iBOT loss of student logits that autograd made."""
     case = logits.case
-    near, far = logits.student_class.split([2 * case.images, case.n_local * case.images])
-    near, far = near.unflatten(0, (2, case.images)), far.unflatten(0, (case.n_local, case.images))
-    weights = torch.full((case.masked,), 1.0, device=near.device)
-    return sum(dino_loss(near, far, class_targets)) + ibot_loss(
+    student = logits.student_class.unflatten(0, (-1, case.images))
+    weights = torch.full((case.masked,), 1.0, device=student.device)
+    return sum(dino_loss(student, class_targets)) + ibot_loss(
         logits.student_patch, patch_targets, weights, 2 * case.images
     )
 

@@ -147,17 +147,8 @@ def loss_terms(
     ibot = ibot_loss(patch_logits, targets.ibot, weights, crops * batch, temperature=temperature)
     targets.ibot = None
     del patch_logits
-    n_locals = 0 if views.local_tokens is None else views.local_tokens.shape[0]
-    tokens = [views.global_tokens] if views.local_tokens is None else [views.global_tokens, views.local_tokens]
-    logits = student.dino_head(torch.cat([part.flatten(0, 1) for part in tokens]))
-    # split, not two slices: the backward pass of a slice fills a zero tensor as large as the whole.
-    global_logits, local_logits = logits.split([crops * batch, n_locals * batch])
-    dino = dino_loss(
-        global_logits.unflatten(0, (crops, batch)),
-        local_logits.unflatten(0, (n_locals, batch)) if n_locals else None,
-        targets.dino,
-        temperature=temperature,
-    )
+    tokens = views.global_tokens if views.local_tokens is None else torch.cat([views.global_tokens, views.local_tokens])
+    dino = dino_loss(student.dino_head(tokens), targets.dino, n_global=crops, temperature=temperature)
     return {
         "dino_local": objective.dino_weight * dino.dino_local,
         "dino_global": objective.dino_weight * dino.dino_global,

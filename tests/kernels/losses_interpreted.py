@@ -14,7 +14,6 @@ from dinov2cli.kernels import losses as kernels
 from dinov2cli.kernels.dispatch import choose
 from dinov2cli.losses import fused_cross_entropy as fused
 from dinov2cli.losses.cross_entropy import crops_cross_entropy, soft_cross_entropy
-from dinov2cli.losses.dino import dino_loss
 from dinov2cli.losses.sinkhorn import SinkhornTargets, sinkhorn_scalings
 from dinov2cli.models.heads import Prototypes
 
@@ -161,9 +160,12 @@ class TestGradientInPlace:
     """Logits are made by an operation (here: times one), as a head makes them."""
 
     def split_loss(self, logits: torch.Tensor, targets: SinkhornTargets) -> torch.Tensor:
-        """As in a step: one tensor of logits, global and local crops of which are two losses."""
-        global_logits, local_logits = logits.split([10, 15])
-        return sum(dino_loss(global_logits.unflatten(0, (2, 5)), local_logits.unflatten(0, (3, 5)), targets))
+        """One tensor of logits, two parts of which have a loss each."""
+        first, second = logits.split([10, 15])
+        alone, every = [[1], [0]], [[0, 1]] * 3
+        near = crops_cross_entropy(first.unflatten(0, (2, 5)), targets, STUDENT_T, alone)
+        far = crops_cross_entropy(second.unflatten(0, (3, 5)), targets, STUDENT_T, every)
+        return (near.sum() + far.sum()) / (2 + 6) / 5  # the 2 + 3 * 2 pairs of 5 images: the DINO loss
 
     def test_it_lies_where_the_logits_lay(self):
         leaf, targets, seen = normal(9, 60).requires_grad_(), scaled(9, 60), []

@@ -43,7 +43,7 @@ def outputs(x: dict[str, torch.Tensor], group: dist.ProcessGroup | None, pad: in
     batch = x["teacher_cls"].shape[1]
     leaves = {name: x[name].clone().requires_grad_() for name in ("student_cls", "student_local", "tokens")}
     cls_targets = sinkhorn_targets(x["teacher_cls"].flatten(0, 1), 0.04, group=group).view(2, batch, CLASSES)
-    dino_local, dino_global = dino_loss(leaves["student_cls"], leaves["student_local"], cls_targets)
+    dino_local, dino_global = dino_loss(torch.cat([leaves["student_cls"], leaves["student_local"]]), cls_targets)
     garbage = torch.full((pad, CLASSES), float("nan"))
     valid = torch.arange(len(x["student_patch"]) + pad) < len(x["student_patch"])
     leaves["student_patch"] = torch.cat([x["student_patch"], garbage]).requires_grad_()

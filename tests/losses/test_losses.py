@@ -92,26 +92,25 @@ class TestDino:
     @pytest.mark.parametrize("scale", [1.0, 30.0])
     def test_equals_the_sum_over_pairs(self, n_global, n_local, scale):
         teacher = targets(n_global, 5, 40)
-        inputs = [normal(n_global, 5, 40, scale=scale)]
-        if n_local:
-            inputs.append(normal(n_local, 5, 40, seed=2, scale=scale))
+        student = normal(n_global + n_local, 5, 40, scale=scale)
 
-        def ours(g, loc=None):
-            return sum(dino_loss(g, loc, teacher))
+        def ours(s):
+            return sum(dino_loss(s, teacher, n_global=n_global))
 
-        def exact(g, loc=None):
-            return sum(reference.dino(g, loc, teacher.double()))
+        def exact(s):
+            local = s[n_global:] if n_local else None
+            return sum(reference.dino(s[:n_global], local, teacher.double()))
 
-        assert_matches(ours, exact, *inputs)
+        assert_matches(ours, exact, student)
 
     def test_parts_carry_16_and_2_of_18(self):
         """With identical crops everywhere each pair has the same cross-entropy c: parts 16/18 c and 2/18 c."""
         s, q = normal(5, 40), targets(5, 40)
         c = reference.cross_entropy(s, q, 0.1).mean().item()
-        loss = dino_loss(s.expand(2, 5, 40), s.expand(8, 5, 40), q.expand(2, 5, 40))
+        loss = dino_loss(s.expand(10, 5, 40), q.expand(2, 5, 40))
         assert loss.dino_local.item() == pytest.approx(16 / 18 * c, rel=1e-5)
         assert loss.dino_global.item() == pytest.approx(2 / 18 * c, rel=1e-5)
-        alone = dino_loss(s.expand(2, 5, 40), None, q.expand(2, 5, 40))  # no locals: their count is 1, not 0
+        alone = dino_loss(s.expand(2, 5, 40), q.expand(2, 5, 40))  # no locals: their count is 1, not 0
         assert alone.dino_local.item() == 0
         assert alone.dino_global.item() == pytest.approx(2 / 3 * c, rel=1e-5)
 
@@ -122,36 +121,38 @@ class TestDino:
             teacher = targets(2, 4, 30)
             teacher[0] = targets(4, 30, seed=seed)
             leaf = student.clone().requires_grad_()
-            dino_loss(leaf, None, teacher).dino_global.backward()
+            dino_loss(leaf, teacher).dino_global.backward()
             grads.append(leaf.grad)
         assert torch.equal(grads[0][0], grads[1][0])
         assert not torch.allclose(grads[0][1], grads[1][1])
 
     def test_permuting_the_batch_changes_nothing(self):
-        g, loc, t = normal(2, 6, 30), normal(4, 6, 30, seed=1), targets(2, 6, 30)
+        s, t = normal(6, 6, 30), targets(2, 6, 30)
         order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
-        for a, b in zip(dino_loss(g, loc, t), dino_loss(g[:, order], loc[:, order], t[:, order]), strict=True):
+        for a, b in zip(dino_loss(s, t), dino_loss(s[:, order], t[:, order]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
 
     def test_shapes_must_agree(self):
         with pytest.raises(ValueError, match=r"\[G >= 2, B, K\]"):
-            dino_loss(normal(1, 4, 30), None, targets(1, 4, 30))
+            dino_loss(normal(1, 4, 30), targets(1, 4, 30), n_global=1)
+        with pytest.raises(ValueError, match="with G = 3"):
+            dino_loss(normal(2, 4, 30), targets(3, 4, 30), n_global=3)
         with pytest.raises(ValueError, match="teacher crops below 2"):
             crops_cross_entropy(normal(1, 4, 30), targets(8, 30), 0.1, [[2]])
 
     def test_targets_on_demand_in_pieces_equal_whole_ones(self, monkeypatch):
         teacher = sinkhorn_scalings(normal(2 * 5, 40), 0.05)
-        g, loc = normal(2, 5, 40), normal(3, 5, 40, seed=2)
-        whole = dino_loss(g, loc, teacher.materialize().unflatten(0, (2, 5)))
+        student = normal(5, 5, 40, seed=2)
+        whole = dino_loss(student, teacher.materialize().unflatten(0, (2, 5)))
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", 80)
-        for a, b in zip(dino_loss(g, loc, teacher), whole, strict=True):
+        for a, b in zip(dino_loss(student, teacher), whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
 
     def test_autocast_does_not_reach_the_loss(self):
         g, t = normal(2, 5, 40), targets(2, 5, 40)
         with torch.autocast("cpu", torch.bfloat16):
-            inside = dino_loss(g, None, t).dino_global
-        assert torch.equal(inside, dino_loss(g, None, t).dino_global)
+            inside = dino_loss(g, t).dino_global
+        assert torch.equal(inside, dino_loss(g, t).dino_global)
 
 
 class TestIbot:

@@ -141,6 +141,6 @@ def _runs(attend: Attend, device: torch.device) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA says why each kernel that was not asked for is not used
             attend(qkv, [(3, 16)]).sum().backward()
-    except (RuntimeError, NotImplementedError, ImportError, ValueError):
+    except Exception:  # whatever somebody else's kernel says no with
         return False
     return True

@@ -19,9 +19,9 @@ SHORT_TOKENS = 64  # up to here a sample is one tile, with kernels of its own
 VARIANTS = {"forward": (range(2), range(6)), "backward": (range(2), range(4))}
 """The kernels to choose from for samples up to SHORT_TOKENS and for longer ones; listed in short_attention.cu."""
 
-_SCHEMA = "(Tensor qkv, int[] groups, float scale, int variant=0) -> (Tensor, Tensor)"
+_SCHEMA = "(Tensor qkv, SymInt[] groups, float scale, int variant=0) -> (Tensor, Tensor)"
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int[] groups, float scale, int variant=0) -> Tensor"
+    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, SymInt[] groups, float scale, int variant=0) -> Tensor"
 )
 
 

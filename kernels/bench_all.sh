@@ -14,6 +14,7 @@ LOGS=$OUT/logs
 mkdir -p "$LOGS"
 rm -f "$LOGS"/*
 DINOV2=("$PYTHON" -m dinov2cli)
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # compute-sanitizer
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # step NAME SECONDS COMMAND...: run it, stdout to NAME.out, stderr to NAME.err, "rc seconds" to NAME.rc
@@ -39,23 +40,23 @@ gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 print(json.dumps({'gpu': gpu.name if gpu else 'none', 'sms': gpu.multi_processor_count if gpu else 0,
                   'torch': torch.__version__, 'cuda': torch.version.cuda,
                   'triton': next((d.version for d in m.distributions() if d.metadata['Name'] == 'triton'), None)}))"
-step build 120 "${DINOV2[@]}" kernels build
+# The order is that of importance: what comes last may find no time left.
+step build 90 "${DINOV2[@]}" kernels build
 step info 30 "${DINOV2[@]}" kernels info --json
-step bench-attention 75 "${DINOV2[@]}" bench attention --json
-step bench-losses 75 "${DINOV2[@]}" bench losses --json
-step bench-stochastic-depth 60 "${DINOV2[@]}" bench stochastic-depth --json
-step bench-train-vits14 75 "${DINOV2[@]}" bench train --arch vits14 --reference --json
+step bench-attention 150 "${DINOV2[@]}" bench attention --json
+step bench-losses 90 "${DINOV2[@]}" bench losses --json
 step bench-train-vitl14 90 "${DINOV2[@]}" bench train --arch vitl14 --reference --json
-step tests 90 "$PYTHON" -m pytest tests/gpu -q -m gpu
-step bench-curve 60 "${DINOV2[@]}" bench curve --json
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" -m dinov2cli.bench.every_kernel
-  done
-else
-  echo "no compute-sanitizer here: memcheck and racecheck were not run"
-fi
+step bench-train-vits14 75 "${DINOV2[@]}" bench train --arch vits14 --reference --json
+step bench-train-vits14-graphs 90 "${DINOV2[@]}" bench train --arch vits14 --compile graphs --json
+step tests 120 "$PYTHON" -m pytest tests/gpu -q -m gpu -k "not compile and not inductor" --durations=5
+for tool in memcheck racecheck; do
+  step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    "$PYTHON" -m dinov2cli.bench.every_kernel
+done
+step bench-stochastic-depth 60 "${DINOV2[@]}" bench stochastic-depth --json
+step bench-curve 90 "${DINOV2[@]}" bench curve --json
+step bench-train-vitl14-compiled 90 "${DINOV2[@]}" bench train --arch vitl14 --compile true --json
+step tests-compiled 90 "$PYTHON" -m pytest tests/gpu -q -m gpu -k "compile or inductor"
 
 "$PYTHON" - "$LOGS" "$OUT" <<'PY'
 import datetime, json, pathlib, re, sys

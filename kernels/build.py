@@ -176,7 +176,7 @@ def _missing(device: torch.device) -> str | None:
         return f"the CUDA kernels need a GPU of compute capability 8.0, this one has {major}.{minor}"
     try:
         path = library(device)
-    except (WorkError, UserError) as error:
+    except (WorkError, UserError, OSError, RuntimeError) as error:  # the last two: no home, a cache nobody may read
         if isinstance(error, UserError) and (os.environ.get(LIBRARY) or os.environ.get(NVCC)):
             raise
         return f"no CUDA kernels: {error}"
@@ -197,6 +197,7 @@ def _try_out(device: torch.device) -> None:
         lse = qkv.new_empty(tokens, 1, dtype=torch.float32)
         torch.ops.dinov2_kernels.attention_forward(qkv, out, lse, [1, tokens, 0], 0.125)
         torch.ops.dinov2_kernels.attention_backward(qkv, out, out, lse, grad, [1, tokens, 0], 0.125)
+    torch.cuda.synchronize(device)  # or what goes wrong on the GPU would be told of something later
 
 
 def _carried() -> Path | None:

@@ -62,12 +62,12 @@ def summary(device: torch.device) -> str:
     chosen = choices(device)
     if device.type == "cpu" and not any(choice.forced for choice in chosen) and not interpreted():
         return "torch's own, for our kernels need a GPU"
-    first = {choice.operator: OPERATORS[choice.operator][0] for choice in chosen}
-    return ", ".join(
-        f"{choice.operator} {choice.backend}"
-        + ("" if choice.backend == first[choice.operator] and not choice.forced else f" ({choice.reason})")
-        for choice in chosen
-    )
+    together: dict[str, list[str]] = {}
+    for choice in chosen:
+        expected = choice.backend == OPERATORS[choice.operator][0] and not choice.forced
+        what = choice.backend if expected else f"{choice.backend} ({choice.reason})"
+        together.setdefault(what, []).append(choice.operator)
+    return "; ".join(f"{', '.join(operators)} by {what}" for what, operators in together.items())
 
 
 def missing(backend: str, device: torch.device) -> str | None:

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from dinov2cli.data.source import open_source
 from dinov2cli.data.workers import default_workers
 from dinov2cli.kernels.dispatch import choices
 from dinov2cli.models.flops import step_flops
-from dinov2cli.models.registry import build
+from dinov2cli.models.registry import architecture, build
 from dinov2cli.train.ema import ema_update, pair_parameters
+from dinov2cli.train.graphs import BlockGraphs, check_graphs, compile_blocks
 from dinov2cli.train.network import build_ssl_model
 from dinov2cli.train.optim import build_optimizer, clip_gradients
 from dinov2cli.train.parallel import setup
@@ -45,21 +47,26 @@ class Case:
     precision: str
     device: str
     seed: int
+    compile: str = "false"  # as train.compile: false, true or graphs
 
 
 _ON_A_GPU = {"vits14": (128, 65536, 0.3), "vitb14": (96, 65536, 0.3), "vitl14": (64, 131072, 0.4)}
 _LARGE = (24, 131072, 0.4)
 """Batch, prototypes and stochastic depth of the paper's runs per architecture, in what one 80 GB GPU holds."""
+_REFERENCE_BATCH = {"vits14": 64, "vitb14": 32, "vitl14": 24}
+_SMALLEST = 8
+"""Images that the textbook step has room for there: it keeps twice as much for its backward pass, and more."""
 
 
 def default_case(device: str, seed: int, arch: str = "vits14") -> Case:
     """The paper's crops, prototypes and stochastic depth on a GPU; on a CPU 65,536 prototypes and small crops."""
-    chosen = setup(device)
+    chosen, patch = setup(device), architecture(arch)["patch_size"]
     if chosen.device.type == "cuda":
         batch, prototypes, drop = _ON_A_GPU.get(arch, _LARGE)
-        return Case(arch, batch, prototypes, 224, 98, 8, drop, chosen.precision, str(chosen.device), seed)
+        local = 98 // patch * patch
+        return Case(arch, batch, prototypes, 224, local, 8, drop, chosen.precision, str(chosen.device), seed)
     batch = 16 if arch == "vits14" else 4
-    return Case(arch, batch, 65536, 98, 42, 8, 0.3, chosen.precision, str(chosen.device), seed)
+    return Case(arch, batch, 65536, 7 * patch, 3 * patch, 8, 0.3, chosen.precision, str(chosen.device), seed)
 
 
 def run(
@@ -69,6 +76,7 @@ def run(
     case: Case | None = None,
     reference: bool = False,
     arch: str = "vits14",
+    compile: str = "false",
 ) -> dict[str, Any]:
     """Time the step on noise and part by part on real images; with `reference` beside the textbook step.
 
@@ -77,44 +85,71 @@ def run(
     of `rounds` steps fed by the real loader), `memory_mib` (peak above weights, gradients, moments and teacher, in a
     process of its own on a CPU) and `state_mib`. With `reference` also `reference_images_per_s`, `reference_seconds`,
     `reference_gflop`, `reference_memory_mib`, `speedup` and `memory_ratio` (reference over ours, ours over reference;
-    timed by turns), `floor_speedup` (the ratio of operations) and `loss_difference` (relative, in float32, no drops).
-    `kernels` says what each operator ran on.
+    per image), `floor_speedup` (the ratio of operations) and `loss_difference` (relative, in float32, no drops). On a
+    CPU the two are timed by turns; on a GPU, whose memory does not hold both, one after the other, the reference with
+    `reference_batch_size` images (`reference_failed` says so if that is too much as well). `kernels` says what each
+    operator ran on.
     """
-    case = case or default_case(device, seed, arch)
-    sides = [Step(case, plain=False)] + ([Step(case, plain=True)] if reference else [])
+    case = case or replace(default_case(device, seed, arch), compile=compile)
+    plain = reference_case(case)
+    ours = Step(case, plain=False)
+    together = reference and plain == case
+    sides = [ours, Step(plain, plain=True)] if together else [ours]
     times = time_by_turns(sides, rounds)
-    flops = [case_flops(step) for step in sides]
-    parts = time_parts(sides[0], rounds)
-    state = sides[0].state_bytes()
-    peak = matmul_peak(sides[0].parallel)
+    del sides
+    flops = case_flops(ours)
+    parts = time_parts(ours, rounds)
+    state = ours.state_bytes()
+    peak = matmul_peak(ours.parallel)
     best = min(times[0])
     figures: dict[str, Any] = {
         "images_per_s": case.batch_size / best,
         "seconds": best,
-        "gflop": flops[0] / 1e9,
-        "tflop_per_s": flops[0] / best / 1e12,
+        "gflop": flops / 1e9,
+        "tflop_per_s": flops / best / 1e12,
         "peak_tflop_per_s": peak / 1e12,
-        "mfu": flops[0] / best / peak,
+        "mfu": flops / best / peak,
         "parts": parts,
         "state_mib": state / 2**20,
-        "kernels": ", ".join(f"{c.operator} {c.backend}" for c in choices(sides[0].parallel.device)),
+        "kernels": ", ".join(f"{c.operator} {c.backend}" for c in choices(ours.parallel.device)),
     }
-    del sides
-    memory = memory_above_state(case, plain=False)
-    figures["memory_mib"] = memory / 2**20
+    del ours
+    figures["memory_mib"] = memory_above_state(case, plain=False) / 2**20
     if reference:
-        other, other_memory = min(times[1]), memory_above_state(case, plain=True)
-        figures |= {
-            "reference_images_per_s": case.batch_size / other,
-            "reference_seconds": other,
-            "reference_gflop": flops[1] / 1e9,
-            "reference_memory_mib": other_memory / 2**20,
-            "speedup": other / best,
-            "floor_speedup": flops[1] / flops[0],
-            "memory_ratio": memory / other_memory,
-            "loss_difference": compare_losses(case),
-        }
+        try:
+            figures |= compared(figures, case, plain, times[1] if together else None, rounds)
+        except torch.OutOfMemoryError as error:
+            figures["reference_failed"] = str(error).splitlines()[0]
     return figures | {key: getattr(case, key) for key in Case.__annotations__}
+
+
+def reference_case(case: Case) -> Case:
+    """What the textbook step is given: the same, but on a GPU no more images than it has memory for."""
+    if torch.device(case.device).type != "cuda":
+        return case
+    most = _REFERENCE_BATCH.get(case.arch, _SMALLEST)
+    return replace(case, batch_size=min(case.batch_size, most), compile="false")
+
+
+def compared(ours: dict[str, Any], case: Case, plain: Case, times: list[float] | None, rounds: int) -> dict[str, Any]:
+    """The figures of the textbook step and of ours beside it; `times` if it has been timed already."""
+    step = Step(plain, plain=True)
+    seconds = min(times or time_by_turns([step], rounds)[0])
+    flops = case_flops(step)
+    del step
+    memory = memory_above_state(plain, plain=True) / 2**20
+    rate = plain.batch_size / seconds
+    return {
+        "reference_batch_size": plain.batch_size,
+        "reference_images_per_s": rate,
+        "reference_seconds": seconds,
+        "reference_gflop": flops / 1e9,
+        "reference_memory_mib": memory,
+        "speedup": ours["images_per_s"] / rate,
+        "floor_speedup": (flops / plain.batch_size) / (ours["gflop"] * 1e9 / case.batch_size),
+        "memory_ratio": (ours["memory_mib"] / case.batch_size) / (memory / plain.batch_size),
+        "loss_difference": compare_losses(plain),
+    }
 
 
 class Step:
@@ -127,6 +162,7 @@ class Step:
         )
         self.model = build_ssl_model(self.backbone, prototypes=case.prototypes, seed=case.seed)
         self.model.to(self.parallel.device)
+        self.graphs = self._compiled()
         student = self.model.student
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(student.parameters(), lr=LR, foreach=False)
@@ -157,10 +193,20 @@ class Step:
         mark("ema")
         return total.detach()
 
+    def _compiled(self) -> BlockGraphs | None:
+        """Compile as the case says, as `assemble` does for a run. Raises UserError where graphs cannot be."""
+        backbones = [self.model.student.backbone, self.model.teacher.backbone]
+        if self.case.compile == "false" or self.plain:
+            return None
+        if self.case.compile == "graphs":
+            check_graphs(self.parallel.device, world_size=1, sharded=False, accumulate=1, recompute=False)
+        compile_blocks(backbones)
+        return BlockGraphs(backbones) if self.case.compile == "graphs" else None
+
     def loss(self, batch: dict[str, Tensor], mark: Callable[[str], None] = lambda _: None) -> Tensor:
         """The loss of a batch, by our step or the textbook's."""
         drop, model = self.case.drop_path, self.model
-        with self.parallel.autocast():
+        with self.parallel.autocast(), self.graphs.running() if self.graphs else nullcontext():
             crops, device = batch["global_crops"], batch["global_crops"].device
             masks = batch["masks"].to(device, non_blocking=True)
             if self.plain:
@@ -288,7 +334,7 @@ def case_flops(step: Step) -> float:
 
 def compare_losses(case: Case) -> float:
     """Relative difference of the two losses on the same weights and batch, in float32 and without stochastic depth."""
-    exact = Case(**{**vars(case), "precision": "fp32", "drop_path": 0.0})
+    exact = replace(case, precision="fp32", drop_path=0.0, compile="false")
     with torch.no_grad():
         ours, plain = (float(step.loss(step.batch)) for step in (Step(exact, plain=False), Step(exact, plain=True)))
     return abs(ours - plain) / abs(plain)

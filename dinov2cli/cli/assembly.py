@@ -100,7 +100,7 @@ def assemble(
 ) -> dict[str, Any]:
     """Build what `train` takes, from the settings. Not `fresh`: a checkpoint will overwrite all weights."""
     from dinov2cli.data.augment import Augment
-    from dinov2cli.train.graphs import check_graphs
+    from dinov2cli.train.graphs import check_graphs, compile_blocks
     from dinov2cli.train.network import build_ssl_model
     from dinov2cli.train.ssl import Objective
     from dinov2cli.train.step import Settings
@@ -120,9 +120,7 @@ def assemble(
     model = build_ssl_model(backbone, **c.heads.model_dump(), centering=loss.centering, seed=c.seed)
     model.student.backbone.activation_checkpointing = recompute
     if c.train.compile:
-        for network in (model.student, model.teacher):
-            for block in network.backbone.blocks:
-                block.compile()
+        compile_blocks([model.student.backbone, model.teacher.backbone])
     objective = Objective(
         dino_weight=loss.dino_weight,
         ibot_weight=loss.ibot_weight,

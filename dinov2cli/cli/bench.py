@@ -38,6 +38,10 @@ def bench(
         float | None,
         typer.Option("--megapixels", metavar="N", min=0.001, help="data: enlarge the images to camera JPEGs first."),
     ] = None,
+    compile_: Annotated[
+        str | None,
+        typer.Option("--compile", metavar="HOW", help="train: false (default), true or graphs, as train.compile."),
+    ] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="train: also time a textbook step on the same inputs, and compare.")
     ] = False,
@@ -72,6 +76,10 @@ def bench(
         extra |= {"data": data, "megapixels": megapixels, "arch": arch or "vits14"}
     if arch is not None and name in ("train", "curve"):
         extra["arch"] = arch
+    if compile_ is not None and name == "train":
+        if compile_ not in ("false", "true", "graphs"):
+            raise UserError(f"--compile: found {compile_!r}; expected false, true or graphs")
+        extra["compile"] = compile_
     if name == "ranks":
         extra |= {"ranks": processes or 2, "precision": precision or "fp32"}
     figures = module.run(device=device or "auto", seed=seed or 0, **extra)

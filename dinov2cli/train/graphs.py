@@ -56,6 +56,18 @@ def check_graphs(device: torch.device, *, world_size: int, sharded: bool, accumu
         )
 
 
+def compile_blocks(backbones: Sequence[VisionTransformer]) -> None:
+    """Let torch.compile fuse what is elementwise in every block, when it first runs."""
+    import torch._dynamo
+
+    # All blocks share one piece of code, which is compiled for each rate of stochastic depth and each kind of pack.
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max([limits.recompile_limit, *(2 * backbone.depth + 8 for backbone in backbones)])
+    for backbone in backbones:
+        for block in backbone.blocks:
+            block.compile()
+
+
 class BlockGraphs:
     """Runs the blocks of `backbones` as CUDA graphs inside `running`; recorded at first and whenever shapes change."""
 
@@ -140,6 +152,9 @@ class RecordedPasses:
             self.grad_out = torch.zeros_like(self.out)
             with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
                 self.grads = torch.autograd.grad(self.out, self.inputs, self.grad_out)
+        # The recording's own graph would keep the weights' gradient nodes on the recording's stream, where every later
+        # backward pass would have to wait for them.
+        self.out = self.out.detach()
 
     def _warm_up(self, run: Callable[[Tensor, Tensor], Tensor]) -> None:
         stream = torch.cuda.Stream()

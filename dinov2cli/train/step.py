@@ -7,7 +7,7 @@ whose loss or gradient is not finite leaves the student and its moments as they 
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -188,4 +188,5 @@ class Stepper:
                 losses[name] = losses[name] + value / parts if name in losses else value / parts
         # One small reduction: every rank sees the same losses, and skips the same steps.
         means = parallel.mean(torch.stack(list(losses.values())))
-        return views, dict(zip(losses, means.unbind(), strict=True))
+        # Nobody differentiates it any more, and its graph would live on with what the monitor keeps.
+        return replace(views, total=views.total.detach()), dict(zip(losses, means.unbind(), strict=True))

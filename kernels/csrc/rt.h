@@ -156,31 +156,36 @@ inline int multiprocessors() {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
 }
 
-// Starts `kernel` on the current device; 0 or a cudaError_t.
-template <auto kernel, class Params>
-int launch(int blocks, int threads, int shared_bytes, void* stream, Params params) {
-  static std::atomic<uint64_t> prepared{0};  // one bit per device: the shared-memory limit has been raised
-  int device = 0;
+// Lets `kernel` have all the shared memory that a block of the current device can, once per device.
+template <auto kernel>
+cudaError_t prepare(int shared_bytes) {
+  static std::atomic<uint64_t> prepared{0};  // one bit per device
+  int device = 0, most = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (!(prepared.load(std::memory_order_acquire) & bit)) {
-    int most = 0;
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error != cudaSuccess) return error;
-    if (shared_bytes > most) return kInvalidValue;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (error != cudaSuccess) return error;
-    // As little L1 cache as can be, so that as many blocks as can be fit on a multiprocessor.
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (error != cudaSuccess) return error;
-    prepared.fetch_or(bit, std::memory_order_release);
-  }
+  if (prepared.load(std::memory_order_acquire) & bit) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  if (shared_bytes > most) return cudaErrorInvalidValue;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error != cudaSuccess) return error;
+  // As little L1 cache as can be, so that as many blocks as can be fit on a multiprocessor.
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_release);
+  return error;
+}
+
+// Starts `kernel` on the current device; 0 or a cudaError_t.
+template <auto kernel, class Params>
+int launch(int blocks, int threads, int shared_bytes, void* stream, Params params) {
+  cudaError_t error = prepare<kernel>(shared_bytes);
   void* arguments[] = {&params};
-  error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, shared_bytes,
-                           static_cast<cudaStream_t>(stream));
-  return error != cudaSuccess ? error : cudaGetLastError();
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments,
+                             shared_bytes, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) cudaGetLastError();  // told here: it must not be found again after the next launch
+  return error;
 }
 
 }  // namespace dk

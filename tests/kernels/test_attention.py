@@ -385,3 +385,20 @@ def test_the_mask_of_flex_attention_is_the_one_torch_would_compute(groups):
     places = torch.arange(total)
     inside = ours.mask_mod(0, 0, places[:, None], places[None])
     assert torch.equal(inside, sample[:, None] == sample[None])
+
+
+def test_numbers_of_samples_that_change_do_not_compile_again_and_again(monkeypatch):
+    """As under several processes, where each keeps another number of samples in every block and step."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(room, "_order", torch.compiler.assume_constant_result(lambda *_: ("cuda", "auto")))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(lambda x, groups: attention(x * 1.0, groups), backend="aot_eager")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        big, small = torch.randint(2, 30, (2,), generator=generator).tolist()
+        groups = [(big, 5), (small, 3)]
+        qkv = torch.randn(5 * big + 3 * small, 3, 2, 64, generator=generator).bfloat16().requires_grad_()
+        compiled(qkv, groups).float().sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 4

@@ -145,8 +145,9 @@ def test_variants(emulation, group):
         assert_refused(lambda v=variant: emulation.backward(given, result.out, result.lse, v))
 
 
-def test_other_scale(emulation):
-    given = problem(50, heads=1)
+@pytest.mark.parametrize("tokens", [50, 257])
+def test_other_scale(emulation, tokens):
+    given = problem(tokens, heads=1)
     out, lse = emulation.forward(given, scale=0.25)
     doubled = replace(given, qkv=given.qkv.clone())
     doubled.qkv[:, 0] *= 2  # exact, and twice the scale

@@ -158,7 +158,7 @@ def combine_kernel(part, loss, lse, mass, rows, TILES: tl.constexpr, BT: tl.cons
     product = tl.sum(product + weight * below, 0)
     weight = tl.sum(weight, 0)
     total = tl.log2(total)
-    tl.store(loss + row, tl.where(weight > 0.0, (weight * total - product) * LN2, 0.0), mask=there)
+    tl.store(loss + row, tl.where(weight != 0.0, (weight * total - product) * LN2, 0.0), mask=there)
     tl.store(lse + row, best + total, mask=there)
     tl.store(mass + row, weight, mask=there)
 
@@ -225,7 +225,7 @@ def backward_kernel(
         share = tl.load(mass + slot, mask=there, other=0.0)
         p = tl.exp2(x - tl.load(lse + slot, mask=there, other=0.0)[:, None]) * share[:, None]
         p = (p - q) * tl.load(weight + slot, mask=there, other=0.0)[:, None]
-        p = tl.where((share > 0.0)[:, None], p, 0.0)
+        p = tl.where((share != 0.0)[:, None], p, 0.0)
         tl.store(out, p.to(grad.dtype.element_ty), mask=mask)
         line += crop_stride
         out += grad_crop_stride

@@ -172,15 +172,20 @@ def _(grad: Any, update: Any, kept: Any, groups: Any, gamma: Any, scale: Any, dt
 
 
 def _keep_gather(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, kept, groups, weight, bias, _, _ = inputs
+    x, kept, groups, weight, bias, _, ctx.y_dtype = inputs
     _, _, slots, normal, rstd = output
     ctx.mark_non_differentiable(slots, normal, rstd)
+    ctx.set_materialize_grads(False)  # or zeros as large as `normal` would be written for nothing
     ctx.save_for_backward(normal, rstd, slots, weight, bias, *kept)
-    ctx.groups = groups
+    ctx.groups, ctx.dtype = groups, x.dtype
 
 
-def _gather_backward(ctx: Any, grad_y: Tensor, grad_link: Tensor, *_: Any) -> tuple:
+def _gather_backward(ctx: Any, grad_y: Tensor | None, grad_link: Tensor | None, *_: Any) -> tuple:
     normal, rstd, slots, weight, bias, *kept = ctx.saved_tensors
+    if grad_link is None:  # only y was used
+        rows = sum(b * n for b, n in zip(ctx.groups[::2], ctx.groups[1::2], strict=True))
+        grad_link = normal.new_zeros((), dtype=ctx.dtype).expand(rows, normal.shape[1])
+    grad_y = torch.zeros_like(normal, dtype=ctx.y_dtype) if grad_y is None else grad_y
     grads = gather_norm_grad_op(grad_link, grad_y, normal, rstd, slots, kept, ctx.groups, weight, bias)
     return grads[0], [None] * len(kept), None, grads[1], grads[2], None, None
 

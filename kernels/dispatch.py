@@ -130,9 +130,24 @@ def _cuda_missing(device: torch.device) -> str | None:
 def _triton_missing(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'dinov2cli[gpu]')"
-    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+    if device.type == "cuda":
+        return "the Triton kernels are made for NVIDIA GPUs" if torch.version.hip else _triton_unable()
+    if device.type == "cpu" and interpreted():
         return None
     return f"Triton kernels need a GPU, this is {device} (TRITON_INTERPRET=1 runs them on a CPU, slowly, to test them)"
+
+
+@cache
+def _triton_unable() -> str | None:
+    """Why Triton, which is installed, does not start: it compiles a helper for the driver before its first kernel."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        return f"Triton does not start: {said}; it needs a C compiler, Python's headers and libcuda"
+    return None
 
 
 def _xformers_missing(device: torch.device) -> str | None:

@@ -135,7 +135,8 @@ def _rows_loss(logits: Tensor, target: Tensor, mass: Tensor, temperature: float,
     product = torch.linalg.vecdot(target, scaled)
     exponentials = scaled.exp_()
     total = exponentials.sum(-1)
-    there = mass > 0  # where, not only the product: 0 * NaN of a padding row would be NaN
+    # where, not only the product: 0 * NaN of a padding row would be NaN. Targets that are NaN give NaN, not 0.
+    there = mass != 0
     if grad is not None:
         difference = exponentials.mul_((mass / total)[:, None]).sub_(target)
         grad.copy_(torch.where(there[:, None], difference, 0))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2cli.kernels import losses as kernels
 from dinov2cli.kernels.dispatch import choose
 from dinov2cli.losses.cross_entropy import crops_cross_entropy, soft_cross_entropy
 from dinov2cli.losses.dino import dino_loss
@@ -129,6 +130,21 @@ def test_the_loss_of_all_crops():
 
     exact = gradient(torch.float64, sinkhorn_scalings(teacher.double(), TEACHER_T))
     assert relative(gradient(torch.float32, sinkhorn_scalings(teacher, TEACHER_T)), exact) < 2e-5
+
+
+def test_more_than_2_to_the_31_logits():
+    """Row offsets beyond 32 bits: the last rows are what they are alone."""
+    rows, columns = 2**31 // 131072 + 64, 131072
+    last = normal(64, columns, dtype=torch.float16)
+    teacher = torch.zeros(rows, columns, dtype=torch.float16, device="cuda")
+    teacher[-64:] = last
+    vectors = [torch.zeros(n, device="cuda") for n in (columns, rows)]
+    found = kernels.rows_sum(teacher, vectors[0], vectors[1], torch.ones(columns, device="cuda"), 1.0)
+    torch.testing.assert_close(found[-64:], last.double().exp2().sum(1).float(), rtol=1e-5, atol=0)
+    weights = torch.zeros(rows, device="cuda")
+    weights[-64:] = 1
+    found = kernels.columns_sum(teacher, vectors[0], vectors[1], weights, 1.0)
+    torch.testing.assert_close(found, last.double().exp2().sum(0).float(), rtol=1e-5, atol=0)
 
 
 def test_captured_in_a_graph():

@@ -4,7 +4,7 @@ import depth_cases as cases
 import pytest
 import torch
 
-from dinov2cli.kernels import depth_triton, dispatch
+from dinov2cli.kernels import depth, depth_triton, dispatch
 from dinov2cli.models.registry import build
 
 
@@ -49,6 +49,35 @@ def test_backward_repeats_bitwise():
     case = cases.make(*cases.SHAPES["two groups"])
     first, again = cases.found(case)[1], cases.found(case)[1]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_gradients_and_updates_that_do_not_lie_row_after_row():
+    """An expanded gradient, as of a sum, and a transposed update."""
+    case = cases.make(*cases.SHAPES["two groups"])
+    plain = cases.found(case)
+    y, link, slots = depth.gather_norm(case.x, case.kept, case.groups, case.weight, case.bias, cases.EPS, case.dtype)
+    update = torch.tanh(y @ case.inner).t().contiguous().t()
+    out = depth.scatter_add(case.x, link, slots, update, case.kept, case.groups, case.gamma, case.scale)
+    assert torch.equal(out.detach(), plain[0])
+    ones = torch.ones((), dtype=out.dtype).expand(out.shape)
+    crooked = torch.autograd.grad(out, case.inputs, ones, retain_graph=True)
+    straight = torch.autograd.grad(out, case.inputs, ones.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(crooked, straight, strict=True))
+
+
+def test_only_what_was_normalised_is_used():
+    case = cases.make(*cases.SHAPES["two groups"])
+    y, _, _ = depth.gather_norm(case.x, case.kept, case.groups, case.weight, case.bias, cases.EPS, case.dtype)
+    alone = torch.autograd.grad(y.sin().sum(), case.inputs[:3])
+    rows = [
+        first + sample * n + token
+        for first, n, index in zip((0, case.groups[0] * case.groups[1]), case.groups[1::2], case.kept, strict=True)
+        for sample in index.tolist()
+        for token in range(n)
+    ]
+    normed = torch.nn.functional.layer_norm(case.x[rows], case.x.shape[1:], case.weight, case.bias, cases.EPS)
+    for ours, torchs in zip(alone, torch.autograd.grad(normed.sin().sum(), case.inputs[:3]), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -122,6 +122,31 @@ class TestCrossEntropy:
         bounds = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
         assert relative(leaf.grad, exact.grad) < bounds[dtype]
 
+    def test_logits_and_gradients_that_do_not_lie_row_after_row(self):
+        wide, every = normal(10, 90, seed=3, dtype=torch.float16), normal(4, 5, 60)
+        targets = sinkhorn_scalings(wide[:, :40], TEACHER_T)
+        assert not targets.logits.is_contiguous()
+        student = every[::2, :, :40]
+        given = SinkhornTargets(wide[:, :40].contiguous(), *list(vars(targets).values())[1:])
+        upstream = normal(5, 2, seed=5).t()
+        found = []
+        for logits, teacher in ((student, targets), (student.contiguous(), given)):
+            leaf = logits.detach().requires_grad_()
+            loss = crops_cross_entropy(leaf, teacher, STUDENT_T, [[0, 1], [1]])
+            loss.backward(upstream if logits is student else upstream.contiguous())
+            found.append((loss.detach(), leaf.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])
+
+    def test_a_teacher_that_is_not_a_number_is_not_passed_over(self):
+        matrix = scaled(3, 40).materialize()
+        matrix[1, 2] = float("nan")
+        leaf = normal(3, 40).requires_grad_()
+        loss = soft_cross_entropy(leaf, matrix, STUDENT_T)
+        loss.sum().backward()
+        assert loss.isnan().tolist() == [False, True, False]
+        assert leaf.grad.isnan().any(1).tolist() == [False, True, False]
+
     def test_large_logits(self):
         targets, student = scaled(6, 500), normal(6, 500, scale=50.0)
         leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()

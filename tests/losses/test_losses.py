@@ -82,6 +82,13 @@ class TestSoftCrossEntropy:
             loss.double(), reference.cross_entropy(s.double(), q.double(), 0.1).detach(), rtol=1e-5, atol=0
         )
 
+    def test_targets_that_are_not_numbers_are_not_passed_over(self):
+        """Else a teacher gone wrong would show as a loss of 0, and the step would be taken."""
+        wrong = targets(3, 6)
+        wrong[1, 2] = float("nan")
+        loss = soft_cross_entropy(normal(3, 6), wrong, 0.1)
+        assert loss.isnan().tolist() == [False, True, False]
+
     def test_shapes_must_agree(self):
         with pytest.raises(ValueError, match=r"must both be \[M, K\]"):
             soft_cross_entropy(normal(3, 5), targets(3, 6), 0.1)

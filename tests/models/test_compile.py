@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dinov2cli.models.blocks import Block
-from dinov2cli.models.depth import Share, draw_kept
+from dinov2cli.models.depth import Share, add_fused, draw_kept
 
 GROUPS = [(8, 17), (16, 5)]
 CPU = torch.device("cpu")
@@ -95,3 +95,19 @@ def test_the_gelu_layer_is_open_to_the_compiler():
     compiled = torch.compile(mlp.forward, backend=aot_autograd(fw_compiler=look), fullgraph=True)
     compiled(torch.randn(4, 32, requires_grad=True)).sum().backward()
     assert "aten.gelu.default" in seen[0] and "aten.gelu_backward.default" in seen[1]
+
+
+@pytest.mark.parametrize(("enabled", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_branch_gets_the_type_it_computes_in(enabled, dtype):
+    """Written in 16 bit by the norm under autocast: one pass less, and half of what is kept."""
+    (kept,) = draw_kept(GROUPS, [0.4], torch.Generator().manual_seed(0), CPU)
+    block, seen = blocks(count=1)[0], []
+
+    def branch(y, _groups):
+        seen.append(y.dtype)
+        return y
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        x = torch.randn(8 * 17 + 16 * 5, 32)
+        out = add_fused(branch, x, GROUPS, kept.attention, kept.scale, norm=block.norm1, gamma=block.ls1.gamma)
+    assert seen == [dtype] and out.dtype == torch.float32

@@ -76,6 +76,24 @@ def test_other_shapes_are_recorded_anew_and_nothing_outside_a_step(tiny, recorde
     assert backbone.runner is None and len(recorded) == 2
 
 
+def test_other_numbers_kept_and_other_types_are_recorded_anew(tiny, recorded):
+    backbone = tiny.tiny_model().student.backbone.train()
+    stacked = graphs.BlockGraphs([backbone])
+
+    def step(rate, dtype=None):
+        backbone.set_drop_path(rate)
+        with stacked.running(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            backbone(torch.zeros(8, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+
+    for number, rate in enumerate((0.0, 0.25, 0.5), start=1):
+        step(rate)
+        step(rate)
+        assert len(recorded) == number
+    step(0.5, torch.bfloat16)
+    step(0.5, torch.bfloat16)
+    assert len(recorded) == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

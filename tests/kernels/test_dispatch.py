@@ -71,3 +71,26 @@ def test_a_cpu_lacks_all_but_torch():
 def test_a_gpu_asks_the_library(monkeypatch):
     monkeypatch.setattr(build, "missing", lambda device: f"nothing built for {device}")
     assert dispatch.missing("cuda", GPU) == "nothing built for cuda:0"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton starts where there is a GPU")
+def test_a_triton_that_is_installed_but_does_not_start_is_passed_over(monkeypatch):
+    """As on a machine without a C compiler: found when the choice is made, not in the middle of a step."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv(dispatch.SETTING, raising=False)
+    assert "Triton does not start: " in (dispatch.missing("triton", torch.device("cuda")) or "")
+    assert dispatch.choose("sinkhorn", torch.device("cuda")).backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("auto", "torch's own, for our kernels need a GPU"),
+        ("torch", "attention, sinkhorn, cross-entropy, stochastic depth by torch (DINOV2_KERNELS=torch)"),
+        ("sdpa", "attention by sdpa (DINOV2_KERNELS=sdpa); sinkhorn by torch (sdpa has no sinkhorn)"),
+    ],
+)
+def test_one_line_says_what_runs(setting, said, monkeypatch):
+    monkeypatch.setenv(dispatch.SETTING, setting)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert dispatch.summary(torch.device("cpu")).startswith(said)

@@ -40,6 +40,7 @@ gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 print(json.dumps({'gpu': gpu.name if gpu else 'none', 'sms': gpu.multi_processor_count if gpu else 0,
                   'torch': torch.__version__, 'cuda': torch.version.cuda,
                   'triton': next((d.version for d in m.distributions() if d.metadata['Name'] == 'triton'), None)}))"
+grep -q '"gpu": "none"' "$LOGS/machine.out" && echo "no NVIDIA GPU here: only what a CPU can do is run, and graphs fail"
 # The order is that of importance: what comes last may find no time left.
 step build 90 "${DINOV2[@]}" kernels build
 step info 30 "${DINOV2[@]}" kernels info --json

@@ -67,7 +67,7 @@ GPU_CASES = (
     Case("ViT-L/14, 64 images, 131,072 prototypes", 64, 131072, 77 * 64),
     Case("ViT-S/14, 128 images, 65,536 prototypes", 128, 65536, 77 * 128),
 )
-CPU_CASES = (Case("4 images, 4,096 prototypes", 4, 4096, 77 * 4),)
+CPU_CASES = (Case("16 images, 16,384 prototypes", 16, 16384, 20 * 16),)
 CHECKED = Case("checked", 12, 3000, 50, 3)
 
 

@@ -19,7 +19,7 @@ from dinov2cli.bench.train import CLIP, LR, MOMENTUM, TEMPERATURE, Case
 from dinov2cli.data.augment import Augment
 from dinov2cli.distributed import launched, leave
 from dinov2cli.errors import DinoError
-from dinov2cli.models.blocks import PLAIN_TOKENS
+from dinov2cli.kernels.attention import PLAIN_TOKENS
 from dinov2cli.models.registry import build
 from dinov2cli.train.memory import memory
 from dinov2cli.train.network import SSLModel, build_ssl_model

@@ -95,7 +95,8 @@ def info(
     for choice in chosen:
         talk.say(f"  {choice.operator:<{width}}  {choice.backend:<9} {choice.reason}")
     for name, value in software.items():
-        talk.say(f"{name:<{width + 2}}  {value or 'not found'}")
+        absent = "none in use" if name == "library" else "not found"
+        talk.say(f"{name:<{width + 2}}  {value or absent}")
     for one in built:
         talk.say(f"built for {', '.join(one.archs)} in {one.seconds:.1f} s: {one.path}")
         _table(talk, one.resources)

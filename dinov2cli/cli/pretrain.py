@@ -228,7 +228,7 @@ def _plan(config: "PretrainConfig", source: "ImageSource", parts: dict[str, Any]
 
 def _footprint(config: "PretrainConfig", parts: dict[str, Any], masked: float) -> dict[str, float]:
     """Modelled memory of a rank, and what it sends in a step, for the run's own phase."""
-    from dinov2cli.models.blocks import PLAIN_TOKENS
+    from dinov2cli.kernels.attention import PLAIN_TOKENS
     from dinov2cli.train.footprint import footprint
     from dinov2cli.train.sizes import Batch, Layout, sizes_of
 

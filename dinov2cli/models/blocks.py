@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dinov2cli.kernels.attention import PLAIN_TOKENS as PLAIN_TOKENS
-from dinov2cli.kernels.attention import attend as attend
 from dinov2cli.kernels.attention import attention
 from dinov2cli.models.depth import Groups, Kept, add_fused, add_residual
 

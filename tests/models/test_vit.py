@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2cli.errors import UserError
-from dinov2cli.models.blocks import attend, swiglu_hidden
+from dinov2cli.kernels.attention import attend
+from dinov2cli.models.blocks import swiglu_hidden
 from dinov2cli.models.depth import Share, add_residual, draw_kept
 
 

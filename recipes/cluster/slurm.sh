@@ -15,7 +15,8 @@
 set -euo pipefail
 [[ $# -gt 0 ]] || { echo "usage: sbatch --nodes N slurm.sh DATA -o RUN --config RECIPE …" >&2; exit 2; }
 : "${SLURM_JOB_ID:?start this with sbatch}"
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not through `head`: it may leave before scontrol has written the rest, which pipefail takes for a failure.
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 
 # How long ranks have to save after a signal; also how long those that hang after another died stay (torch: 30).

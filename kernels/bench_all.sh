@@ -4,7 +4,7 @@
 # others. The outcome of all steps lies in $OUT/<gpu>-<date>.json, their output in $OUT/logs.
 #
 #   kernels/bench_all.sh                       results in kernels/results
-#   OUT=/tmp/x PYTHON=python3.12 kernels/bench_all.sh
+#   OUT=outcome PYTHON=python3.12 kernels/bench_all.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2cli.bench.device_time import copy_rate, median_seconds, named
+from dinov2cli.bench.device_time import copy_rate, first_wrong, median_seconds, named
 from dinov2cli.device import choose_device
 from dinov2cli.errors import WorkError
 from dinov2cli.kernels.attention import attention
@@ -22,8 +22,6 @@ Groups = list[tuple[int, int]]
 Attend = Callable[[Tensor, Groups], Tensor]
 
 WIDTH = 64  # of a head
-FORWARD_BOUND, GRADIENT_BOUND, OVER_TORCH = 5e-3, 6e-3, 1.2
-"""Largest relative errors of our kernels in bf16, and how many times plain torch's own error they may have."""
 _OURS = ("ours", "cuda")
 _ROTATED = 128 << 20  # bytes of inputs that are gone through before one comes again: beyond any L2
 
@@ -147,13 +145,9 @@ def refuse_wrong(errors: dict[str, dict[str, Any]]) -> None:
             continue
         if "failed" in found:
             raise WorkError(f"bench attention: {name} does not run here: {found['failed']}")
-        for part, error in found["errors"].items():
-            bound = FORWARD_BOUND if part == "forward" else GRADIENT_BOUND
-            allowed = min(bound, OVER_TORCH * found["plain"][part])
-            if not error <= allowed:  # so that NaN is refused
-                raise WorkError(
-                    f"bench attention: {name} is wrong: {part} is off by {error:.2e}, allowed {allowed:.2e}"
-                )
+        wrong = first_wrong(found["errors"], found["plain"])
+        if wrong is not None:
+            raise WorkError(f"bench attention: {name} is wrong: {wrong}")
 
 
 def make_inputs(shape: Shape, device: torch.device, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,11 +1,14 @@
-"""Times of work on a device: medians by the device's own clock, and the memory rate they are compared with."""
+"""Times of work on a device: medians by the device's own clock, the memory rate they are compared with, and what is
+too wrong to be timed at all."""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+FORWARD_BOUND, GRADIENT_BOUND, OVER_TORCH = 5e-3, 6e-3, 1.2
+"""Largest relative errors of our kernels in bf16, and how many times plain torch's own error they may have."""
 _COPY_MIB = {"cuda": 2048, "cpu": 256}
 
 
@@ -33,6 +36,18 @@ def copy_rate(device: torch.device) -> float:
     source = torch.randint(0, 127, (_COPY_MIB[device.type] << 20,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_seconds([lambda: target.copy_(source)], device, rounds=10, warmup=2)
+
+
+def first_wrong(errors: Mapping[str, float], plain: Mapping[str, float]) -> str | None:
+    """The first of a kernel's errors ('forward', and one per gradient) beyond its bounds, in words; None if all hold.
+
+    `plain`: the errors of plain torch in the same type.
+    """
+    for part, error in errors.items():
+        allowed = min(FORWARD_BOUND if part == "forward" else GRADIENT_BOUND, OVER_TORCH * plain[part])
+        if not error <= allowed:  # so that NaN is refused
+            return f"{part} is off by {error:.2e}, allowed {allowed:.2e}"
+    return None
 
 
 def named(device: torch.device) -> str:

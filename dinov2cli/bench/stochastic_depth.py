@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2cli.bench.device_time import copy_rate, median_seconds, named
+from dinov2cli.bench.device_time import copy_rate, first_wrong, median_seconds, named
 from dinov2cli.device import choose_device
 from dinov2cli.errors import WorkError
 from dinov2cli.kernels.dispatch import choose
 from dinov2cli.models.blocks import LayerNorm, LayerScale
 from dinov2cli.models.depth import Groups, Kept, add_fused, add_residual, draw_kept
 
-FORWARD_BOUND, GRADIENT_BOUND, OVER_TORCH = 5e-3, 6e-3, 1.2
-"""Largest relative errors with a bf16 branch, and how many times plain torch's own error they may be."""
 _DROP = 0.4
 
 
@@ -146,14 +144,12 @@ def check(device: torch.device, seed: int) -> dict[str, dict[str, float]]:
         name: {which: _error(a, b) for which, a, b in zip(names, values, true, strict=True)}
         for name, values in found.items()
     }
-    for which, error in errors["ours"].items():
-        bound = FORWARD_BOUND if which == "forward" else GRADIENT_BOUND
-        allowed = min(bound, OVER_TORCH * errors["eager"][which])
-        if not error <= allowed:  # so that NaN is refused
-            raise WorkError(
-                f"bench stochastic-depth: the kernels are wrong on {named(device)}: {which} is off by {error:.2e}, "
-                f"allowed {allowed:.2e}; train with DINOV2_KERNELS=torch meanwhile"
-            )
+    wrong = first_wrong(errors["ours"], errors["eager"])
+    if wrong is not None:
+        raise WorkError(
+            f"bench stochastic-depth: the kernels are wrong on {named(device)}: {wrong}; "
+            "train with DINOV2_KERNELS=torch meanwhile"
+        )
     return errors
 
 

@@ -1,13 +1,12 @@
 """Attention of packs: who serves what, that all agree, and the operator dinov2::short_attention as torch sees it."""
 
-import math
 import re
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
+from packs import PACK, both, make, textbook
 from torch.nn import functional as F
 
 from dinov2cli.errors import UserError
@@ -16,34 +15,9 @@ from dinov2cli.kernels import attention_baselines, attention_op, build
 from dinov2cli.kernels.attention import attention, equal_runs
 from dinov2cli.kernels.attention_op import short_attention
 from dinov2cli.kernels.attention_reference import reference_backward, reference_forward
-from dinov2cli.kernels.dispatch import Choice
 
-PACK = [(2, 17), (1, 17), (3, 5)]
 MIXED = [(2, 50), (1, 300), (2, 17), (1, 64)]
 CPU = torch.device("cpu")
-
-
-def make(groups, *, heads=2, width=64, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = sum(b * n for b, n in groups)
-    qkv = torch.randn(tokens, 3, heads, width, generator=generator, dtype=torch.float64).to(dtype)
-    return qkv.requires_grad_(), torch.randn(tokens, heads * width, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def textbook(qkv, groups):
-    """Sample after sample, by the definition."""
-    outputs = []
-    for sample in qkv.split([n for b, n in groups for _ in range(b)]):
-        q, k, v = (x.transpose(0, 1) for x in sample.unbind(1))
-        weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1)
-        outputs.append((weights @ v).transpose(0, 1).flatten(1))
-    return torch.cat(outputs)
-
-
-def both(function, qkv, grad):
-    """Output and gradient of qkv."""
-    out = function(qkv)
-    return out.detach(), torch.autograd.grad(out, qkv, grad.to(out.dtype))[0]
 
 
 def served_by(monkeypatch, *order):
@@ -255,35 +229,6 @@ def test_groups_that_do_not_add_up():
         short_attention(make(PACK)[0], [3, 17, 3, 6])
 
 
-@pytest.mark.parametrize("order", [("cuda", "auto"), None])
-def test_it_compiles_without_a_break(order, monkeypatch):
-    if order:
-        monkeypatch.setattr(room, "_order", torch.compiler.assume_constant_result(lambda *_: order))
-    dtype = torch.bfloat16 if order else torch.float32
-    qkv, grad = make(PACK, dtype=dtype)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: attention(x * 1.0, PACK) + 0.0, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(both(compiled, qkv, grad), both(lambda x: attention(x, PACK), qkv, grad), strict=True):
-        assert torch.equal(ours, theirs)
-    torch._dynamo.reset()
-
-
-def test_the_choice_is_made_outside_the_compiled_graph(monkeypatch):
-    """The first choice may run nvcc, which no tracer can follow."""
-    asked = []
-
-    def choose(operator, device):
-        asked.append(subprocess.run(["true"]).returncode)
-        return Choice(operator, "torch", "after a build")
-
-    monkeypatch.setattr(room, "choose", choose)
-    qkv, _ = make(PACK)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: attention(x, PACK), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(qkv), attention(qkv, PACK)) and asked == [0, 0]
-    torch._dynamo.reset()
-
-
 def test_the_library_is_called_with_what_its_operators_take(monkeypatch):
     """The CUDA side of the operator on a CPU: the library's operators, by the schemas in ops.cpp, as the reference."""
     text = (build.SOURCES / "ops.cpp").read_text().replace('"\n      "', "")
@@ -385,20 +330,3 @@ def test_the_mask_of_flex_attention_is_the_one_torch_would_compute(groups):
     places = torch.arange(total)
     inside = ours.mask_mod(0, 0, places[:, None], places[None])
     assert torch.equal(inside, sample[:, None] == sample[None])
-
-
-def test_numbers_of_samples_that_change_do_not_compile_again_and_again(monkeypatch):
-    """As under several processes, where each keeps another number of samples in every block and step."""
-    from torch._dynamo.utils import counters
-
-    monkeypatch.setattr(room, "_order", torch.compiler.assume_constant_result(lambda *_: ("cuda", "auto")))
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = torch.compile(lambda x, groups: attention(x * 1.0, groups), backend="aot_eager")
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(12):
-        big, small = torch.randint(2, 30, (2,), generator=generator).tolist()
-        groups = [(big, 5), (small, 3)]
-        qkv = torch.randn(5 * big + 3 * small, 3, 2, 64, generator=generator).bfloat16().requires_grad_()
-        compiled(qkv, groups).float().sum().backward()
-    assert counters["stats"]["unique_graphs"] <= 4

@@ -96,7 +96,7 @@ def run_curate(
     """Curate into one selection directory, shared among `ranks`; also what the demo calls."""
     from dinov2cli.artifacts.selection import write_selection
     from dinov2cli.cli.frame import check_output, open_output, result_fields
-    from dinov2cli.report.selection import curate_report
+    from dinov2cli.report.curate import curate_report
 
     mode, collection, queries, inputs = ranks.together(lambda: _opened(data, query, config))
     place: dict[str, Any] = {

@@ -98,7 +98,7 @@ def run_dedup(
     """Deduplicate into one selection directory, shared among `ranks`; also what the demo calls."""
     from dinov2cli.artifacts.selection import write_selection
     from dinov2cli.cli.frame import check_output, open_output, result_fields
-    from dinov2cli.report.selection import dedup_report
+    from dinov2cli.report.dedup import dedup_report
 
     collection, reference, tiers, inputs = ranks.together(lambda: _opened(data, against, config, talk))
     place: dict[str, Any] = {

@@ -143,6 +143,8 @@ def _report(path: Path, config: "PretrainConfig") -> tuple[list, list[str], str]
     from dinov2cli.data.source import open_source
     from dinov2cli.models.load import load_model
     from dinov2cli.report import demo as page
+    from dinov2cli.report.curate import cluster_samples_of
+    from dinov2cli.report.dedup import duplicate_pair_samples
     from dinov2cli.report.demo_parts import (
         compare_results,
         neighbour_rows,
@@ -150,7 +152,6 @@ def _report(path: Path, config: "PretrainConfig") -> tuple[list, list[str], str]
         planted_copies_found,
         sample_images,
     )
-    from dinov2cli.report.selection import cluster_samples_of, duplicate_pair_samples
 
     comparisons = [
         compare_results(

@@ -4,8 +4,10 @@ Plain values only; the command line turns them into keyword arguments, so no cor
 """
 
 from dinov2cli.config.common import CommonConfig
+from dinov2cli.config.curate import CurateConfig
+from dinov2cli.config.dedup import DedupConfig
 from dinov2cli.config.evaluation import EvalConfig, KnnConfig, LinearConfig
-from dinov2cli.config.images import CurateConfig, DedupConfig, EmbedConfig, PackConfig
+from dinov2cli.config.images import EmbedConfig, PackConfig
 from dinov2cli.config.pretrain import PretrainConfig
 
 __all__ = [

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dinov2cli.config.common import Amount, CommonConfig, Cosine, Count, CountOrZero, Share
+from dinov2cli.config.common import Amount, CommonConfig, Count, Share
 
 
 class EmbedConfig(CommonConfig):
@@ -29,45 +29,3 @@ class PackConfig(CommonConfig):
     pack_quality: Annotated[int, Field(ge=1, le=100)] = 95
     pack_shard_mib: Amount = 256.0
     max_bad_fraction: Share = 0.01
-
-
-class DedupConfig(PackConfig):
-    """Settings of `dinov2 dedup`: edges from each tier, then one image kept per component.
-
-    `tiers` None runs what the input allows; thresholds None are those of the kind of model. `hash_radius` counts
-    differing bits of 256.
-    """
-
-    tiers: list[Literal["exact", "perceptual", "embedding"]] | None = None
-    hash_radius: CountOrZero | None = None
-    threshold: Cosine | None = None
-    against_threshold: Cosine | None = None
-    against_components: bool = False
-    neighbours: Count = 64
-    nprobe: Count = 16
-    max_component: Count = 1000
-    index: str = "auto"
-    model: str | None = None
-
-
-class CurateConfig(PackConfig):
-    """Settings of `dinov2 curate`: retrieval with `--query`, balanced sampling without.
-
-    `neighbours` per query image (sample mode), `clusters` of the pool (cluster mode), `levels` of the tree (without
-    query, finest first). A cluster is used when it holds more than `more_than` images of a query set.
-    """
-
-    mode: Literal["auto", "sample", "cluster", "balanced"] = "auto"
-    target_size: Count | None = None
-    neighbours: Count = 4
-    nprobe: Count = 64
-    clusters: Count | None = None
-    more_than: CountOrZero = 3
-    per_cluster: Count = 10_000
-    per_set: Count = 1_000_000
-    levels: list[Count] | None = None
-    resample_steps: CountOrZero = 3
-    iterations: Count = 20
-    strategy: Literal["random", "closest"] = "random"
-    index: str = "auto"
-    model: str | None = None

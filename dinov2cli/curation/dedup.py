@@ -13,10 +13,11 @@ from dinov2cli.curation.tables import Curated, kept_table, other_rows
 from dinov2cli.curation.tiers import Keys, Reference, Tier, exact_tier, perceptual_tier, reference_matches
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
+from dinov2cli.search.blocks import Progress
 from dinov2cli.search.components import component_labels, cut_components
 from dinov2cli.search.edges import Edges
 from dinov2cli.search.hamming import RADIUS, hash_edges
-from dinov2cli.search.neighbours import Progress, similarity_edges
+from dinov2cli.search.neighbours import similarity_edges
 from dinov2cli.search.vectors import Int64, SubsetVectors, Vectors, as_vectors
 
 COPY_DETECTION_THRESHOLD = 0.6

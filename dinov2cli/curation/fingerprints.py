@@ -13,9 +13,9 @@ from dinov2cli.curation.tables import pool_from_metadata
 from dinov2cli.data.bad import BadImage, BadImages
 from dinov2cli.data.decode import decode_image
 from dinov2cli.distributed import ALONE, Ranks
+from dinov2cli.search.blocks import Progress, over_blocks
 from dinov2cli.search.hamming import HashTable, stack_hashes
 from dinov2cli.search.hashing import PerceptualHash, bytes_digest, perceptual_hash, pixel_digest, sharpness
-from dinov2cli.search.neighbours import Progress, over_blocks
 
 _CHUNK = 256
 

@@ -11,9 +11,10 @@ from dinov2cli.curation.sampling import waterfill
 from dinov2cli.curation.tables import Curated, dropped_table, kept_table, other_rows
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
+from dinov2cli.search.blocks import Progress
 from dinov2cli.search.index import SearchIndex, build_index
 from dinov2cli.search.kmeans import KMeans, assign, fit_kmeans, rank_in_group
-from dinov2cli.search.neighbours import Progress, neighbour_blocks
+from dinov2cli.search.neighbours import neighbour_blocks
 from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors
 
 MORE_THAN = 3

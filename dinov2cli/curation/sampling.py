@@ -9,9 +9,9 @@ import pyarrow as pa
 from dinov2cli.curation.tables import Curated, dropped_table, kept_table, other_rows
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
+from dinov2cli.search.blocks import Progress
 from dinov2cli.search.hierarchy import Hierarchy, default_levels, fit_hierarchy
 from dinov2cli.search.kmeans import rank_in_group
-from dinov2cli.search.neighbours import Progress
 from dinov2cli.search.vectors import Int64, Vectors, as_vectors
 
 STRATEGIES = ("random", "closest")

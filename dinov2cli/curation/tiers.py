@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2cli.distributed import ALONE, Ranks
+from dinov2cli.search.blocks import Progress
 from dinov2cli.search.edges import Edges, make_edges
 from dinov2cli.search.hamming import BITS, HashTable, best_hash_match
-from dinov2cli.search.neighbours import Progress, best_match
+from dinov2cli.search.neighbours import best_match
 from dinov2cli.search.vectors import Int64, Vectors
 
 TIERS = ("bytes", "pixels", "perceptual", "embedding")

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2cli.distributed import ALONE, Ranks
+from dinov2cli.search.blocks import Progress, over_blocks
 from dinov2cli.search.edges import Edges, join_edges, make_edges
 from dinov2cli.search.hashing import HASH_BYTES, ORIENTATIONS, THUMB, VIEWS, PerceptualHash, Uint8, oriented
-from dinov2cli.search.neighbours import Progress, over_blocks
 from dinov2cli.search.vectors import Float32, Int64
 
 BITS = 8 * HASH_BYTES

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
+from dinov2cli.search.blocks import Progress
 from dinov2cli.search.kmeans import (
     POINTS_PER_CENTROID,
     Assignment,
@@ -18,7 +19,6 @@ from dinov2cli.search.kmeans import (
     closest_in_cluster,
     fit_kmeans,
 )
-from dinov2cli.search.neighbours import Progress
 from dinov2cli.search.vectors import Int64, SubsetVectors, Vectors, as_vectors
 
 

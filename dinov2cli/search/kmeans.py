@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
-from dinov2cli.search.neighbours import Progress, over_blocks
+from dinov2cli.search.blocks import Progress, over_blocks
 from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors, sample_rows
 
 POINTS_PER_CENTROID = 256

@@ -2,21 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dinov2cli.distributed import ALONE, Ranks
+from dinov2cli.search.blocks import Progress, over_blocks
 from dinov2cli.search.edges import Edges, join_edges, make_edges
 from dinov2cli.search.index import SearchIndex, build_index
 from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors
 
-Progress = Callable[[int, int], None]
-"""Called with (rows done, rows in all) after every block."""
-
 _QUERY_ROWS = 4096
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -67,21 +63,6 @@ def _searcher(
         return NeighbourBlock(start, *_exactly_k(similarity, row, k))
 
     return search
-
-
-def over_blocks(
-    work: Callable[[int], R], rows: int, block: int, *, progress: Progress | None = None, ranks: Ranks = ALONE
-) -> Iterator[R]:
-    """`work(start)` of every block of `rows` rows, in order, on every rank; the ranks share the blocks.
-
-    Where a block begins does not depend on the number of ranks, so neither does what is found.
-    """
-    starts = range(0, rows, block)
-    results = ranks.merge(map(work, ranks.share(starts)), len(starts))
-    for start, result in zip(starts, results, strict=True):
-        yield result
-        if progress is not None:
-            progress(min(start + block, rows), rows)
 
 
 def top_k(

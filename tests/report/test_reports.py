@@ -9,11 +9,12 @@ from dinov2cli.artifacts.results import ResultRow
 from dinov2cli.curation.tables import Curated
 from dinov2cli.data.source import open_source
 from dinov2cli.evaluation.intervals import Difference
+from dinov2cli.report.curate import curate_report
+from dinov2cli.report.dedup import dedup_report, duplicate_pair_samples
 from dinov2cli.report.demo import Comparison, change_sentence, demo_report
 from dinov2cli.report.grids import DuplicatePair, Neighbour
 from dinov2cli.report.results import metric_name, results_report
 from dinov2cli.report.run import run_report
-from dinov2cli.report.selection import curate_report, dedup_report, duplicate_pair_samples
 from dinov2cli.report.thumbnails import spread, thumbnail, thumbnails
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (30, 30, 3)).astype(np.uint8)

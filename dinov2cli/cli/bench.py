@@ -14,12 +14,18 @@ _BENCHES = {
     "losses": "Sinkhorn and the prototype cross-entropy: our kernels and torch's operations beside a textbook's",
     "stochastic-depth": "gather, norm and scaled add-back of the kept samples beside torch's operations",
     "curve": "losses of 50 steps with our kernels and with plain torch: whether they coincide",
-    "search": "neighbour search beside a brute-force matrix product",
+    "search": "the graph of nearest neighbours that the planner chooses beside exact Faiss: time, memory, recall",
+    "kmeans": "k-means beside Faiss's own, in memory and streamed, and hierarchical k-means with resampling",
+    "components": "connected components of a large graph of edges beside SciPy's: time and memory",
+    "hash": "images per second from files to perceptual hashes beside a textbook pHash",
+    "copies": "precision and recall of dedup on altered copies made from your images, per kind of edit",
     "knn": "the k-NN classifier beside scikit-learn's",
     "embed": "images per second from files to features, and the share of time spent waiting for images",
     "scaling": "memory, traffic and step time of the long recipes on 8 to 2,048 GPUs, modelled: nothing is timed",
     "ranks": "training steps over 2 or more processes of this machine beside one, and their memory beside the model's",
 }
+_TAKE_DATA = ("data", "search", "kmeans", "hash", "copies")
+_TAKE_ROWS = ("search", "kmeans", "components")
 _HELP = "; ".join(f"{name}: {what}" for name, what in _BENCHES.items())
 
 
@@ -28,7 +34,8 @@ def bench(
     data: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DATA]", help="data: the images to measure on; default: demo:photos at 0.19 megapixels."
+            metavar="[DATA]",
+            help="data, hash, copies: the images to measure on; search, kmeans: embeddings. Default: made for it.",
         ),
     ] = None,
     arch: Annotated[
@@ -41,6 +48,12 @@ def bench(
     compile_: Annotated[
         str | None,
         typer.Option("--compile", metavar="HOW", help="train: false (default), true or graphs, as train.compile."),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            "--rows", metavar="N", min=1000, help="search, kmeans, components: vectors (nodes); default 200000."
+        ),
     ] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="train: also time a textbook step on the same inputs, and compare.")
@@ -64,16 +77,22 @@ def bench(
 
     if name not in _BENCHES:
         raise UserError(f"bench {name}: no such benchmark; expected one of {', '.join(_BENCHES)}")
-    if data is not None and name != "data":
-        raise UserError(f"bench {name}: found {data} behind it, but only `bench data` takes images; leave it out")
+    if data is not None and name not in _TAKE_DATA:
+        raise UserError(
+            f"bench {name}: found {data} behind it, but only {', '.join(_TAKE_DATA)} take any; leave it out"
+        )
     talk = Talk(json_output=json_output, quiet=quiet)
     talk.say(f"bench {name}: {_BENCHES[name]}")
     extra: dict[str, Any] = {"reference": True} if reference and name == "train" else {}  # the others always compare
     module = importlib.import_module(f"dinov2cli.bench.{name.replace('-', '_')}")
     if name == "scaling":
         extra["recipes"] = {recipe: _settings(recipe) for recipe in module.RECIPES}
+    if name in _TAKE_DATA:
+        extra["data"] = data
+    if rows is not None and name in _TAKE_ROWS:
+        extra["rows"] = rows
     if name == "data":
-        extra |= {"data": data, "megapixels": megapixels, "arch": arch or "vits14"}
+        extra |= {"megapixels": megapixels, "arch": arch or "vits14"}
     if arch is not None and name in ("train", "curve"):
         extra["arch"] = arch
     if compile_ is not None and name == "train":

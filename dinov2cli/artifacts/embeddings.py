@@ -3,6 +3,7 @@
 The layout is clip-retrieval's, so autofaiss, DuckDB and NumPy read it as it is.
 """
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,13 +77,25 @@ class Embeddings:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._whole()
         files = sorted((path / "img_emb").glob("img_emb_*.npy"))
-        self.shards: list[np.ndarray] = [np.load(file, mmap_mode="r") for file in files]
+        self.shards: list[np.ndarray] = [_mapped(file) for file in files]
         self._metadata_files = [
             path / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet") for file in files
         ]
         self._check(files)
         self._starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+
+    def _whole(self) -> None:
+        """Every file that was written is there, in its size; a shard left out would be a set of other images."""
+        for name, entry in self.manifest.files.items():
+            if not name.startswith(("img_emb/", "metadata/")):
+                continue
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry["size"]:
+                found = "is missing" if size is None else f"has {size:,} bytes, expected {entry['size']:,}"
+                raise InputError(f"{file} {found}; make {self.path} again with `dinov2 embed --overwrite`")
 
     def _check(self, files: list[Path]) -> None:
         if not files:
@@ -97,6 +110,11 @@ class Embeddings:
                 raise InputError(
                     f"{file} has {len(shard)} rows and {meta.name} has {rows}, expected the same; "
                     f"make {self.path} again with `dinov2 embed --overwrite`"
+                )
+            if shard.shape[1] != self.dim:
+                raise InputError(
+                    f"{file} holds vectors of length {shard.shape[1]}, {files[0].name} of {self.dim}; expected one "
+                    "length in all shards: embed all images with one model"
                 )
 
     @property
@@ -128,6 +146,7 @@ class Embeddings:
             low, high = max(start - first, 0), min(stop - first, len(shard))
             if low < high:
                 parts.append(np.asarray(shard[low:high], dtype=np.float32))
+                _release(shard)
         return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -143,12 +162,37 @@ class Embeddings:
         for shard in np.unique(which):
             here = which == shard
             result[here] = self.shards[shard][indices[here] - self._starts[shard]]
+            _release(self.shards[shard])
         return result
 
 
 def open_embeddings(path: Path | str) -> Embeddings:
     """Open a finished embeddings directory; InputError when it is another kind, unfinished or damaged."""
     return Embeddings(Path(path), require_kind(path, "embeddings"))
+
+
+def _mapped(file: Path) -> np.ndarray:
+    try:
+        shard = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file} cannot be read ({reason}); embed the images again with --overwrite") from None
+    if shard.ndim != 2 or shard.dtype.kind != "f":
+        raise InputError(
+            f"{file} holds {shard.dtype} of shape {shard.shape}, expected one float vector per row; embed the images "
+            "again with --overwrite"
+        )
+    return shard
+
+
+def _release(shard: np.ndarray) -> None:
+    """Give up the memory that pages of a mapped file take in this process; they stay in the system's cache.
+
+    Without it a pass over the file would leave all of it resident, however small the blocks.
+    """
+    mapping = getattr(shard, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _save_npy(path: Path, array: np.ndarray) -> None:

@@ -1,5 +1,8 @@
 """Embeddings, selections and results: written, read back, and refused when damaged."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,14 +61,67 @@ def test_embeddings_files_are_what_other_tools_read(embeddings):
     assert pq.read_table(path / "metadata" / "metadata_0001.parquet").num_rows == len(plain)
 
 
+def rewritten(path, name, write):
+    """Write a file of a finished directory again, as a tool would that also keeps the manifest true."""
+    write(path / name)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name]["size"] = (path / name).stat().st_size
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_embeddings_with_unequal_pair_are_damaged(embeddings):
     path, _ = embeddings
-    pq.write_table(metadata(range(3)), path / "metadata" / "metadata_0001.parquet")
+    name = "metadata/metadata_0001.parquet"
+    rewritten(path, name, lambda file: pq.write_table(metadata(range(3)), file))
     with pytest.raises(InputError, match=r"has 4 rows and metadata_0001\.parquet has 3, expected the same"):
         open_embeddings(path)
-    (path / "metadata" / "metadata_0001.parquet").unlink()
-    with pytest.raises(InputError, match=r"is missing beside img_emb_0001\.npy"):
+
+
+@pytest.mark.parametrize(
+    "name", ["img_emb/img_emb_0001.npy", "metadata/metadata_0002.parquet", "img_emb/img_emb_0002.npy"]
+)
+def test_embeddings_with_a_shard_missing_or_truncated_are_damaged(embeddings, name):
+    path, _ = embeddings
+    data = (path / name).read_bytes()
+    (path / name).write_bytes(data[:-8])
+    with pytest.raises(InputError, match=rf"{name} has {len(data) - 8:,} bytes, expected {len(data):,}; make .* again"):
         open_embeddings(path)
+    (path / name).unlink()
+    with pytest.raises(InputError, match=f"{name} is missing; make .* again"):
+        open_embeddings(path)
+
+
+@pytest.mark.parametrize(
+    "array, found",
+    [
+        (np.zeros((4, 5), np.float16), "holds vectors of length 5, img_emb_0000.npy of 4"),
+        (np.zeros(4, np.float16), r"holds float16 of shape \(4,\), expected one float vector per row"),
+        (np.zeros((4, 4), np.int64), "holds int64"),
+        (np.array([[None] * 4] * 4), "cannot be read"),
+    ],
+)
+def test_embeddings_of_another_kind_of_array_are_refused(embeddings, array, found):
+    path, _ = embeddings
+    rewritten(path, "img_emb/img_emb_0001.npy", lambda file: np.save(file, array))
+    with pytest.raises(InputError, match=found):
+        open_embeddings(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the system does not list mappings")
+def test_reading_embeddings_leaves_no_page_resident(tmp_path):
+    """The mapping's resident size, which the kernel lists, stays small however much was read."""
+    out = Output.open(tmp_path / "e", "embeddings", command="c", config={})
+    writer = EmbeddingsWriter(out, 256)
+    writer.write_shard(0, np.ones((32768, 256), np.float32), metadata(range(32768)))
+    writer.finish(32768)
+    found = open_embeddings(tmp_path / "e")
+    for _ in found.blocks(4096):
+        pass
+    found.gather(np.arange(0, 32768, 7))
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any("img_emb_0000.npy" in line for line in lines)
+    resident = next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+    assert resident < 1024  # kB, of 16 MiB
 
 
 def test_a_shard_counts_only_when_both_files_are_there(tmp_path):

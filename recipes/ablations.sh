@@ -8,13 +8,15 @@
 #   resolution   low, high, and low with a short last phase at high; each measured at both sizes
 #   size         architectures of growing size
 #   ladder       from an iBOT-like baseline to the full method, each row adding to the one before
+#   data         one recipe on sets of equal size out of one pool: uncurated (drawn at random), curated (those nearest to
+#                curated images), balanced (spread evenly over clusters), and those curated images alone
 #
 # Options
-#   --study NAME              loss, resolution, size or ladder
-#   --data DATA               images to train on; their labels serve the measuring only
+#   --study NAME              loss, resolution, size, ladder or data
+#   --data DATA               images to train on; their labels serve the measuring only        (not for data)
 #   --test DATA               labelled images to measure on
 #   -o, --out OUT             OUT/NAME/ARM-sSEED/ holds run/ and results, OUT/NAME/table.md and table.csv the summary
-#   --train DATA              labelled images the measuring learns from                        (default: --data)
+#   --train DATA              labelled images the measuring learns from                        (default: --data; --query)
 #   --config RECIPE           recipe of every arm                                              (default: tiny-cpu)
 #   --budget AMOUNT           length of every run, as '300 steps' or '20000 images'            (default: the recipe's)
 #   --seeds LIST              as 0,1                                                           (default: 0)
@@ -41,6 +43,13 @@
 #   --ladder-batch FROM,TO         images per step                                             (default: 32,64)
 #   --ladder-layerscale GAIN                                                                   (default: 1.0)
 #   --ladder-drop-path RATE        stochastic depth                                            (default: 0.1)
+# data
+#   --pool DATA               raw images, better without duplicates: the output of `dinov2 dedup`
+#   --query DATA              curated images. Of more than --size a random part serves as the arm query-only; where there
+#                             are fewer, its runs see each one more often: every run sees as many images as any other
+#   --size N                  images of each set
+#   --embed MODEL             gives the features that images are chosen by    (default: tiny, untrained: colour, texture)
+#   --embed-pool NAME         cls, mean or cls+mean                  (default: cls; mean for the untrained model)
 #
 # Examples
 #   recipes/ablations.sh --study loss --data demo:photos --test 'demo:photos?split=test' -o ablations --seeds 0,1
@@ -52,32 +61,21 @@
 #     -o ablations --config vitl14-long --ladder-patch 16,14 --ladder-local 96,98 --ladder-prototypes 65536,131072 \
 #     --ladder-momentum 0.996,0.994 --ladder-warmup 0.1,0.16 --ladder-batch 16,32 --ladder-layerscale 1.0e-5 \
 #     --ladder-drop-path 0.4
+#   recipes/ablations.sh --study data --pool unique --query 'train/?label=folder' --test 'val/?label=folder' \
+#     --size 1000000 --embed facebook/dinov2-small -o ablations --config vits14-short --budget '100000 steps'
 #
 # The same line again continues where it stopped. An arm that fails is named in the table and the others go on; the exit
 # code is then 1. 0 done, 2 usage, 75 and 130 stopped by a signal.
 set -euo pipefail
 
-fail() {
-  echo "ablations.sh: $1; see --help" >&2
-  exit 2
-}
-
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=recipes/commands.sh
+. "$here/commands.sh"
 study='' data='' test='' train='' out='' config=tiny-cpu budget='' seeds=0 tasks=knn only='' dry=''
 low=32 high=64 phase_budget='100 steps' archs=vitt8:64x4x1,vitt8,vitt8:192x6x3
 patch=16,8 local_crop='' prototypes=64,128 momentum=0.987,0.98 warmup=0.05,0.1 batch=32,64 layerscale=1.0 drop_path=0.1
+pool='' query='' amount='' embed='' embed_pool=''
 common=() machine=()
-
-quoted() {
-  local word text=''
-  for word in "$@"; do
-    case $word in
-      '' | *[!A-Za-z0-9_./:=,+-]*) if [[ $word == *\'* ]]; then word=$(printf '%q' "$word"); else word="'$word'"; fi ;;
-    esac
-    text="$text $word"
-  done
-  echo "${text# }"
-}
 
 line=$(quoted "$(basename "$0")" "$@")
 
@@ -86,12 +84,13 @@ while [[ $# -gt 0 ]]; do
   shift
   case $option in
     --dry-run) dry=yes; continue ;;
-    -h | --help) sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) usage; exit 0 ;;
     --*=*) set -- "${option#*=}" "$@"; option=${option%%=*} ;;
   esac
   case $option in
     --study | --data | --test | --train | -o | --out | --config | --budget | --seeds | --tasks | --only | --set | \
-      --device | --workers | --low | --high | --phase-budget | --archs | --ladder-*) ;;
+      --device | --workers | --low | --high | --phase-budget | --archs | --ladder-* | --pool | --query | --size | \
+      --embed | --embed-pool) ;;
     *) fail "unknown option $option" ;;
   esac
   [[ $# -gt 0 && -n $1 ]] || fail "$option needs a value"
@@ -112,6 +111,11 @@ while [[ $# -gt 0 ]]; do
     --high) high=$1 ;;
     --phase-budget) phase_budget=$1 ;;
     --archs) archs=$1 ;;
+    --pool) pool=$1 ;;
+    --query) query=$1 ;;
+    --size) amount=$1 ;;
+    --embed) embed=$1 ;;
+    --embed-pool) embed_pool=$1 ;;
     --ladder-patch) patch=$1 ;;
     --ladder-local) local_crop=$1 ;;
     --ladder-prototypes) prototypes=$1 ;;
@@ -125,12 +129,20 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 
-for pair in study:"$study" data:"$data" test:"$test" out:"$out"; do
+needed=(study:"$study" data:"$data" test:"$test" out:"$out")
+if [[ $study == data ]]; then
+  [[ -z $data ]] || fail "--data $data: the study of data takes --pool and --query"
+  needed=(pool:"$pool" query:"$query" size:"$amount" test:"$test" out:"$out")
+fi
+for pair in "${needed[@]}"; do
   [[ -n ${pair#*:} ]] || fail "--${pair%%:*} is missing"
 done
 [[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--seeds $seeds: expected whole numbers, as 0,1"
 [[ $tasks =~ ^(knn|linear)(,(knn|linear))*$ ]] || fail "--tasks $tasks: expected knn, linear or both, as knn,linear"
-train=${train:-$data}
+train=${train:-${data:-$query}}
+[[ ${amount:-1} =~ ^[1-9][0-9]*$ ]] || fail "--size $amount: expected a number of images"
+[[ $study != data || $budget != *epoch* ]] ||
+  fail "--budget '$budget': the sets may differ in size; expected steps or images, so that all runs see as many"
 for pair in patch:"$patch" prototypes:"$prototypes" momentum:"$momentum" warmup:"$warmup" batch:"$batch" \
   local:"${local_crop:-0,0}"; do
   [[ ${pair#*:} =~ ^[0-9.]+,[0-9.]+$ ]] || fail "--ladder-${pair%%:*} ${pair#*:}: expected two numbers, FROM,TO"
@@ -216,42 +228,20 @@ case $study in
     rung sinkhorn loss.centering=sinkhorn
     rung untied-heads heads.untied=true
     ;;
-  *) fail "--study $study: expected loss, resolution, size or ladder" ;;
+  data)
+    arm uncurated "random images of the pool"
+    arm curated "images of the pool nearest to the query images"
+    arm balanced "images spread evenly over clusters of the pool"
+    arm query-only "the query images"
+    ;;
+  *) fail "--study $study: expected loss, resolution, size, ladder or data" ;;
 esac
 
 for name in ${only//,/ }; do
   [[ " ${names[*]} " == *" $name "* ]] || fail "--only $name: the arms of $study are ${names[*]}"
 done
 
-if command -v dinov2 >/dev/null; then
-  dinov2=(dinov2)
-elif command -v python >/dev/null; then
-  dinov2=(python -m dinov2cli)
-else
-  dinov2=(python3 -m dinov2cli)
-fi
-python=$(command -v python3 || command -v python) || fail "no python found"
-
-# A command runs in the background with the signals of a foreground one, so that SIGTERM sent to this script alone, as a
-# scheduler does, reaches it at once. Ctrl-C goes to both of them anyway.
-child='' stop='' again=''
-trap 'stop=130 again=yes' INT
-trap 'stop=75 again=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM USR1
-run() {
-  (
-    trap - INT QUIT TERM USR1
-    exec "$@"
-  ) >/dev/null &
-  child=$!
-  [[ $stop != 75 ]] || kill -TERM "$child" # sent before there was a child to pass it to
-  while :; do
-    again='' code=0
-    wait "$child" || code=$?
-    [[ -n $again ]] || break # a signal ends wait early: the command is still saving
-  done
-  child=''
-  if [[ -z $stop && ($code -eq 75 || $code -eq 130) ]]; then stop=$code; fi
-}
+find_program
 
 failed=0
 step() { # PLACE STEP COMMAND…: run or print one command; a failure is written down for the table
@@ -268,6 +258,30 @@ step() { # PLACE STEP COMMAND…: run or print one command; a failure is written
   echo "$name exit $code" >>"$place/failed"
   failed=1
   return 1
+}
+
+# The images of the study of data, chosen once for all seeds, below OUT/data/sets. One cluster makes of balanced sampling
+# a plain random draw.
+features=(-m "${embed:-tiny}")
+[[ -n $embed$embed_pool ]] || embed_pool=mean
+[[ -z $embed_pool ]] || features+=(--pool "$embed_pool")
+at_random=(--set 'levels=[1]' --set resample_steps=0 --set iterations=1)
+made=' '
+choose() { # ARM PLACE
+  local arm=$1 place=$2 sets=$out/$study/sets
+  one() { # NAME COMMAND…: one directory of `sets`
+    [[ $made != *" $1 "* ]] || return 0
+    step "$place" images "${dinov2[@]}" "${@:2}" -o "$sets/$1" ${machine[@]+"${machine[@]}"} || return 1
+    made="$made$1 "
+  }
+  [[ $arm == query-only ]] || one pool-embeddings embed "$pool" "${features[@]}" || return 1
+  case $arm in curated | query-only) one query-embeddings embed "$query" "${features[@]}" || return 1 ;; esac
+  case $arm in
+    uncurated) one "$arm" curate "$sets/pool-embeddings" --target-size "$amount" "${at_random[@]}" ;;
+    curated) one "$arm" curate "$sets/pool-embeddings" --query "$sets/query-embeddings" --target-size "$amount" ;;
+    balanced) one "$arm" curate "$sets/pool-embeddings" --target-size "$amount" ;;
+    query-only) one "$arm" curate "$sets/query-embeddings" --target-size "$amount" "${at_random[@]}" ;;
+  esac
 }
 
 finish() { # EXIT_CODE: make the table of what there is
@@ -299,6 +313,10 @@ for seed in ${seeds//,/ }; do
       echo "== $study: ${names[i]}, seed $seed" >&2
       mkdir -p "$place"
       rm -f "$place/failed"
+    fi
+    if [[ $study == data ]]; then
+      own=() data=$out/$study/sets/${names[i]}
+      choose "${names[i]}" "$place" || continue
     fi
     step "$place" pretrain "${dinov2[@]}" pretrain "$data" -o "$place/run" --config "$config" \
       ${budget:+--budget "$budget"} --seed "$seed" ${common[@]+"${common[@]}"} ${own[@]+"${own[@]}"} \

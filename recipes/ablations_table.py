@@ -25,6 +25,7 @@ class Arm:
     name: str
     asked: list[str]
     config: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)  # what was trained on: spec, rows, hash …
     seeds: list[int] = field(default_factory=list)
     figures: dict[str, dict[int, tuple[float, float, float]]] = field(default_factory=dict)
     costs: list[tuple[float, float, float]] = field(default_factory=list)  # steps, images, seconds of each run
@@ -52,13 +53,16 @@ def read_seed(arm: Arm, seed: int, place: Path, expected: list[str]) -> None:
     mark = place / "failed"
     failed = dict(line.split(" ", 1) for line in mark.read_text().splitlines()) if mark.is_file() else {}
     arm.state += [f"seed {seed}: {step} failed ({code})" for step, code in failed.items()]
-    for step in ["run", *([] if "pretrain" in failed else expected)]:
-        if not failed.keys() & {step, "pretrain"} and not complete(place / step):
+    nothing = failed.keys() & {"images", "pretrain"}  # of the rest there can be nothing then
+    for step in [] if nothing else ["run", *expected]:
+        if step not in failed and not complete(place / step):
             arm.state.append(f"seed {seed}: {step} unfinished")
-    if "pretrain" in failed or not complete(place / "run"):
+    if nothing or not complete(place / "run"):
         return
     arm.seeds.append(seed)
-    arm.config = arm.config or flat(json.loads((place / "run" / "manifest.json").read_text(encoding="utf-8"))["config"])
+    manifest = json.loads((place / "run" / "manifest.json").read_text(encoding="utf-8"))
+    arm.config = arm.config or flat(manifest["config"])
+    arm.images = arm.images or next(iter(manifest.get("inputs", [])), {})
     last = json.loads((place / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     arm.costs.append((last["step"], last["images"], last["seconds"]))
     for file in sorted(place.glob("*/results.json")):
@@ -80,18 +84,27 @@ def read_study(study: Path) -> tuple[str, list[Arm]]:
     return facts["command"][0], arms
 
 
-def changed(arm: Arm, other: Arm | None) -> str:
-    """The settings in which a run differs from the one it is compared with; before there are both, those asked for."""
+def changed(arm: Arm, other: Arm | None, study: str) -> str:
+    """The settings in which a run differs from the one it is compared with; before there are both, those asked for.
+
+    In a study of data, which has the same settings everywhere, the images.
+    """
     asked = ", ".join(arm.asked) or "the recipe"
+    if study == "data":
+        return asked + (f": {arm.images['rows']:,}" if "rows" in arm.images else "")
     if other is None or not arm.config or not other.config:
         return asked
     keys = [key for key in arm.config if key != "seed" and arm.config[key] != other.config.get(key)]
     return ", ".join(f"{key}={json.dumps(arm.config[key]).strip(chr(34))}" for key in keys) or f"nothing ({asked})"
 
 
-def row_of(arm: Arm, other: Arm | None, figures: list[str]) -> dict[str, Any]:
+def row_of(arm: Arm, other: Arm | None, figures: list[str], study: str) -> dict[str, Any]:
     """One row of table.csv; what is not known is left empty."""
-    row: dict[str, Any] = {"arm": arm.name, "changed": changed(arm, other), "seeds": ",".join(map(str, arm.seeds))}
+    row: dict[str, Any] = {
+        "arm": arm.name,
+        "changed": changed(arm, other, study),
+        "seeds": ",".join(map(str, arm.seeds)),
+    }
     for name in figures:
         found, before = arm.figures.get(name, {}), other.figures.get(name, {}) if other else {}
         values = [value for value, _, _ in found.values()]
@@ -135,7 +148,7 @@ def main(study: Path) -> None:
     ladder = study.name == "ladder"
     figures = list(dict.fromkeys(name for arm in arms for name in arm.figures))
     others = [None, *arms[:-1]] if ladder else [None, *arms[:1] * (len(arms) - 1)]
-    rows = [row_of(a, b, figures) for a, b in zip(arms, others, strict=True) if a.seeds or a.state]
+    rows = [row_of(a, b, figures, study.name) for a, b in zip(arms, others, strict=True) if a.seeds or a.state]
     note = NOTE.format(other="the row before" if ladder else f"`{arms[0].name}`")
     text = "\n".join([f"# Ablation: {study.name}", "", f"`{command}`", "", *markdown(rows, figures), "", note, ""])
     (study / "table.md").write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,8 +11,14 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pytest
+
+from dinov2cli.artifacts.selection import open_selection
+from dinov2cli.data.source import open_source
+from tests.served import served
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "recipes" / "ablations.sh"
@@ -19,6 +26,7 @@ DATA, TEST = "demo:photos?count=72", "demo:photos?split=test&count=40"
 SHORT = [
     *("--budget", "3 steps", "--device", "cpu", "--workers", "0", "--set", "data.batch_size=16"),
     *("--set", "heads.hidden=32", "--set", "crops.local_number=2", "--set", "log.every=1"),
+    *("--set", "log.pictures=false"),
 ]
 ARMS = {
     "loss": "full no-koleo no-ibot no-dino softmax-centring tied-heads",
@@ -26,11 +34,13 @@ ARMS = {
     "size": "vitt8-64x4x1 vitt8 vitt8-192x6x3",
     "ladder": "baseline layerscale-drop-path prototypes koleo swiglu patch momentum warmup batch sinkhorn untied-heads",
 }
+POOL, QUERY = "demo:photos?count=200", "demo:photos?count=50"
+SETS = ["--study", "data", "--pool", POOL, "--query", QUERY, "--test", TEST, "-o", "out dir", "--size", "60"]
 # Stands in for `dinov2` where only the script is tested: ends with the code that the arm's name carries.
 STUB = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 trap 'exit 75' TERM
-case "$*" in *no-koleo*) exit "$CODE" ;; *sleep*) sleep 20 & wait ;; esac
+case "$*" in *no-koleo* | embed*count=50*) exit "$CODE" ;; *sleep*) sleep 20 & wait ;; esac
 """
 
 
@@ -55,6 +65,13 @@ def ablations(tmp_path):
         )
 
     return call
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A PATH on which `dinov2` starts at once."""
+    with served(tmp_path_factory.mktemp("program")) as program:
+        yield f"{program.parent}{os.pathsep}{environment()['PATH']}"
 
 
 @pytest.fixture
@@ -89,7 +106,7 @@ def test_help_names_every_option(ablations):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (study("depth"), "loss, resolution, size or ladder"),
+        (study("depth"), "loss, resolution, size, ladder or data"),
         (study("loss", "--sedes", "1"), "unknown option --sedes"),
         (study("loss", "--ladder-steps=1,2"), "unknown option --ladder-steps"),
         (study("loss", "--only", "full,koleo"), "the arms of loss are full no-koleo"),
@@ -99,6 +116,10 @@ def test_help_names_every_option(ablations):
         (study("size", "--archs", "vitt8:64"), "--archs vitt8:64"),
         (["--study", "loss", "--data"], "--data needs a value"),
         (["--study", "loss", "--data", "x", "-o", "y"], "--test is missing"),
+        (study("data"), f"--data {DATA}: the study of data takes --pool and --query"),
+        (SETS[:-2], "--size is missing"),
+        ([*SETS, "--size", "many"], "--size many"),
+        ([*SETS, "--budget", "2 epochs"], "--budget '2 epochs': the sets may differ in size"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(ablations, tmp_path, arguments, told):
@@ -152,9 +173,9 @@ def test_ladder_adds_to_the_row_before(ablations):
     assert all(before.keys() == row.keys() for before, row in pairwise(rows))
 
 
-def test_study_runs_and_a_rerun_does_nothing_again(ablations, tmp_path):
+def test_study_runs_and_a_rerun_does_nothing_again(ablations, tmp_path, quick):
     arguments = study("loss", *SHORT, "--only", "full,no-ibot")
-    done = ablations(*arguments)
+    done = ablations(*arguments, PATH=quick)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "out dir/loss/table.md\n"
     rows = table(tmp_path / "out dir" / "loss" / "table.csv")
@@ -170,7 +191,7 @@ def test_study_runs_and_a_rerun_does_nothing_again(ablations, tmp_path):
     readable = (tmp_path / "out dir" / "loss" / "table.md").read_text()
     assert readable in done.stderr
     assert f"| full | the recipe | 0 | {float(full[name]):.1%} [" in readable
-    again = ablations(*study("loss", *SHORT, "--only", "no-ibot"))
+    again = ablations(*study("loss", *SHORT, "--only", "no-ibot"), PATH=quick)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("already done") == 2
     assert table(tmp_path / "out dir" / "loss" / "table.csv") == rows
@@ -239,3 +260,74 @@ def test_table_averages_seeds_and_compares_those_both_have(tmp_path):
     assert "| b | model.arch=b | 1 | 50.0% [40.0%, 60.0%] | +10.0 | 6 | 60 | 2 | 0.5 | done |" in (
         (place / "table.md").read_text()
     )
+
+
+def test_study_of_data_chooses_sets_of_one_size_once(ablations, tmp_path):
+    done = ablations(*SETS, "--seeds", "0,1", "--embed", "run", "--embed-pool", "mean", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not list(tmp_path.iterdir())
+    lines = [shlex.split(line.replace("python -m dinov2cli", "dinov2"))[1:] for line in done.stdout.splitlines()]
+    pool, query = (f"out dir/data/sets/{name}-embeddings" for name in ("pool", "query"))
+    draw = ["--set", "levels=[1]", "--set", "resample_steps=0", "--set", "iterations=1"]
+    assert [words for words in lines if words[0] == "embed"] == [
+        ["embed", POOL, "-m", "run", "--pool", "mean", "-o", pool],
+        ["embed", QUERY, "-m", "run", "--pool", "mean", "-o", query],
+    ]
+    assert [words for words in lines if words[0] == "curate"] == [
+        ["curate", pool, "--target-size", "60", *draw, "-o", "out dir/data/sets/uncurated"],
+        ["curate", pool, "--query", query, "--target-size", "60", "-o", "out dir/data/sets/curated"],
+        ["curate", pool, "--target-size", "60", "-o", "out dir/data/sets/balanced"],
+        ["curate", query, "--target-size", "60", *draw, "-o", "out dir/data/sets/query-only"],
+    ]
+    trained = [words for words in lines if words[0] == "pretrain"]
+    arms = ["uncurated", "curated", "balanced", "query-only"]
+    assert [(words[1], words[3]) for words in trained] == [
+        (f"out dir/data/sets/{arm}", f"out dir/data/{arm}-s{seed}/run") for seed in (0, 1) for arm in arms
+    ]
+    assert {tuple(words[4:6]) for words in trained} == {("--config", "tiny-cpu")}
+    assert not any("--set" in words for words in trained)
+    assert sum(words[:2] == ["eval", "knn"] and QUERY in words for words in lines) == 8
+
+
+def test_study_of_data_runs(ablations, tmp_path, quick):
+    """All four sets: their sizes, where they come from, and one table of runs that saw as many images."""
+    done = ablations(*SETS, *SHORT, PATH=quick)
+    assert done.returncode == 0, done.stderr
+    place = tmp_path / "out dir" / "data"
+    pool, query = (list(open_source(name).ids) for name in (POOL, QUERY))
+    rows = {}
+    for arm, among, count in (("uncurated", pool, 60), ("curated", pool, 60), ("balanced", pool, 60),
+                              ("query-only", query, 50)):  # fmt: skip
+        kept = open_selection(place / "sets" / arm).kept.column("id").to_pylist()
+        assert len(kept) == len(set(kept)) == count
+        assert set(kept) <= set(among)
+        rows[arm] = [among.index(name) for name in kept]
+    assert 75 < fmean(rows["uncurated"]) < 125  # drawn from all over the pool: 99.5 on average, by 6 either way
+    pool_vectors, query_vectors = (
+        np.load(place / "sets" / f"{name}-embeddings" / "img_emb" / "img_emb_0000.npy").astype(np.float64)
+        for name in ("pool", "query")
+    )
+    lengths = np.linalg.norm(pool_vectors, axis=1)  # 1 but for float16
+    nearest = (query_vectors @ pool_vectors.T / lengths).argmax(axis=1)
+    assert len(set(nearest)) > 20
+    assert set(nearest) <= set(rows["curated"])
+    assert not set(nearest) <= set(rows["balanced"])
+    found = table(place / "table.csv")
+    assert list(found) == list(rows)
+    assert {(row["steps"], row["images"], row["state"]) for row in found.values()} == {("3", "48", "done")}
+    assert found["curated"]["changed"] == "images of the pool nearest to the query images: 60"
+    assert found["query-only"]["changed"] == "the query images: 50"
+    name = "knn/top1_k20"
+    change = float(found["balanced"][name]) - float(found["uncurated"][name])
+    assert float(found["balanced"][f"{name}/change"]) == pytest.approx(change)
+
+
+def test_set_that_cannot_be_chosen_fails_its_arms_alone(ablations, tmp_path, stub):
+    done = ablations(*SETS, **stub)
+    assert done.returncode == 1
+    assert "curated-s0: images failed with exit code 1; the other arms go on" in done.stderr
+    calls = Path(stub["CALLS"]).read_text()
+    assert re.findall(r"^pretrain .* -o out dir/data/(\S+)/run", calls, flags=re.M) == ["uncurated-s0", "balanced-s0"]
+    rows = table(tmp_path / "out dir" / "data" / "table.csv")
+    assert rows["query-only"]["state"] == "seed 0: images failed (exit 1)"
+    assert rows["query-only"]["changed"] == "the query images"

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from dinov2cli.data.bad import BadImages
+from dinov2cli.data.cores import default_workers
 from dinov2cli.data.loader import iterate_images
 from dinov2cli.data.source import ImageSource, open_source
-from dinov2cli.data.workers import default_workers
 from dinov2cli.device import choose_device
 from dinov2cli.evaluation.features import extract
 from dinov2cli.models.load import LoadedModel, load_model

@@ -15,10 +15,10 @@ import torch
 from dinov2cli.bench.input_path import BATCH, crops_of, loader_rate, one_thread, sample_of, stage_times
 from dinov2cli.bench.train import training_rate
 from dinov2cli.data.bad import BadImages
+from dinov2cli.data.cores import default_workers
 from dinov2cli.data.crop_loader import CropLoader
 from dinov2cli.data.jpeg import turbo
 from dinov2cli.data.source import open_source
-from dinov2cli.data.workers import default_workers
 from dinov2cli.device import choose_device, choose_precision
 from dinov2cli.errors import UserError
 from dinov2cli.kernels.dispatch import choices, summary

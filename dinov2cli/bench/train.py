@@ -13,11 +13,11 @@ from torch import Tensor
 from dinov2cli.bench.peak import matmul_peak, resident_peak, run_in_child
 from dinov2cli.bench.textbook import ema, textbook_loss
 from dinov2cli.data.augment import Augment
+from dinov2cli.data.cores import default_workers
 from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.loader import CropLoader
 from dinov2cli.data.masks import MaskedTokens, make_masks, masked_tokens
 from dinov2cli.data.source import open_source
-from dinov2cli.data.workers import default_workers
 from dinov2cli.kernels.dispatch import choices
 from dinov2cli.models.flops import step_flops
 from dinov2cli.models.registry import architecture, build

@@ -11,14 +11,26 @@ from dinov2cli.distributed import ALONE, Ranks, join
 
 if TYPE_CHECKING:
     from dinov2cli.artifacts.manifest import Manifest
+    from dinov2cli.artifacts.parts import Parts
+    from dinov2cli.cli.curate_plan import Work
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import CurateConfig
     from dinov2cli.curation.collection import Collection
+    from dinov2cli.curation.coverage import Coverage
+    from dinov2cli.curation.query_sets import QuerySet
     from dinov2cli.curation.tables import Curated
     from dinov2cli.data.source import ImageSource
+    from dinov2cli.report.query_sets import Opened
 
-_QUERY = "Images, embeddings or a selection to look for; may be repeated."
-_MODE = "sample (nearest images), cluster (images of the queries' clusters) or balanced; default by --query."
+_QUERY = (
+    "Images, embeddings or a selection to look for; may be repeated. A budget of its own goes behind a ?: "
+    "'Q?mode=cluster&neighbours=4&per_set=1000000&per_cluster=10000&more_than=3&include=true'."
+)
+_MODE = (
+    "With --query: sample (nearest images) or cluster (images of the queries' clusters). Without: balanced (a tree of "
+    "clusters; also hierarchical), balanced-kmeans (clusters of bounded size) or semdedup (drop look-alikes)."
+)
+_INCLUDE = "Also keep the images of the query sets themselves."
 _TARGET = "Number of images to keep."
 _MODEL = "Embed images with this model where IN or a query has no embeddings."
 
@@ -31,6 +43,9 @@ def curate(
     query: Annotated[list[str] | None, typer.Option("--query", metavar="Q", help=_QUERY)] = None,
     target_size: Annotated[int | None, typer.Option("--target-size", metavar="N", help=_TARGET)] = None,
     mode: Annotated[str | None, typer.Option("--mode", metavar="NAME", help=_MODE)] = None,
+    include_queries: Annotated[
+        bool | None, typer.Option("--include-queries/--no-include-queries", help=_INCLUDE)
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help=_MODEL)] = None,
     pack: packing.Pack = None,
     pack_size: packing.PackSize = None,
@@ -44,18 +59,20 @@ def curate(
     workers: options.Workers = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    memory: options.Memory = None,
     processes: options.Processes = None,
 ) -> None:
     """Choose the images worth training on.
 
     With `--query`, keep what resembles curated sets: the nearest neighbours of every query image, or images of the
-    clusters where the queries are at home. Without, sample `--target-size` images evenly over a tree of clusters.
+    clusters where the queries are at home; several sets, each with its own budget, make one union. Without, sample
+    `--target-size` images evenly over clusters, or drop look-alikes until so many are left.
 
     Examples:
 
     - `dinov2 curate embeddings -o chosen --target-size 100000 --pack parquet`
-    - `dinov2 curate unique -o chosen --query flowers/ --set neighbours=32`
-    - `dinov2 curate embeddings -o chosen --query landmarks/ --mode cluster`
+    - `dinov2 curate unique -o chosen --query 'in1k/?neighbours=32' --query 'flowers/?mode=cluster' --include-queries`
+    - `dinov2 curate embeddings -o chosen --mode semdedup --set eps=0.05`
     """
     from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
@@ -65,6 +82,8 @@ def curate(
     flags = {
         "target_size": target_size,
         "mode": mode,
+        "include_queries": include_queries,
+        "memory": memory,
         "model": model,
         "pack": pack,
         "pack_size": pack_size,
@@ -93,37 +112,39 @@ def run_curate(
     overwrite: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Curate into one selection directory, shared among `ranks`; also what the demo calls."""
+    """Curate into one selection directory, shared among `ranks`; also what the demo calls.
+
+    query: query sets as on the command line, which replace those of the config.
+    """
+    from dinov2cli.artifacts.parts import Parts
     from dinov2cli.artifacts.selection import write_selection
+    from dinov2cli.cli.curate_plan import plan_facts
     from dinov2cli.cli.frame import check_output, open_output, result_fields
+    from dinov2cli.cli.query_sets import identity
+    from dinov2cli.curation.retrieval_tables import table_lines
     from dinov2cli.report.curate import curate_report
 
-    mode, collection, queries, inputs = ranks.together(lambda: _opened(data, query, config))
+    work = ranks.together(lambda: _opened(data, query, config))
     place: dict[str, Any] = {
-        "config": {**packing.identity(config), "mode": mode},
-        "inputs": inputs,
+        "config": {**packing.identity(config), "mode": work.mode, "queries": identity(work.queries)},
+        "inputs": work.inputs,
         "overwrite": overwrite,
     }
     if dry_run:
         state = ranks.first(lambda: check_output(path, "selection", **place))
-        facts = {
-            "images": collection.rows,
-            "mode": mode,
-            "query images": sum(c.rows for c in queries),
-            "to keep": config.target_size or "as many as are found",
-        }
-        files = ["kept.parquet", "dropped.parquet", "report.html", "manifest.json", *packing.files(config)]
-        talk.plan(f"curate {data}", {**facts, "files": files, "output": f"{path} ({state})"})
+        talk.plan(f"curate {data}", {**plan_facts(work, config), "output": f"{path} ({state})"})
         return
     out = open_output(talk, path, "selection", seed=config.seed, ranks=ranks, **place)
     if out is None:
         return
+    parts = Parts(path)
     with out:
-        found, images = ranks.together(lambda: _found(path, mode, collection, queries, config, talk, ranks))
+        found, coverage, images, opened = ranks.together(lambda: _found(path, work, config, talk, parts, ranks))
         found, packed = packing.pack_found(out, images, found, config, talk, ranks)
 
         def write() -> "Manifest":
-            html = curate_report(found, images(), title=f"Images chosen from {data}")
+            html = curate_report(found, images(), title=f"Images chosen from {data}", coverage=coverage, queries=opened)
+            parts.remove()
             return write_selection(
                 out,
                 kept=found.kept,
@@ -135,107 +156,136 @@ def run_curate(
             )
 
         manifest = ranks.first(write)
-    for line in found.messages:
+    for line in [*found.messages, *table_lines(found.summary)]:
         talk.say(line)
     talk.result(path, **result_fields(manifest))
 
 
-def _opened(
-    data: str, query: list[str], config: "CurateConfig"
-) -> "tuple[str, Collection, list[Collection], list[dict[str, Any]]]":
+def _opened(data: str, query: list[str], config: "CurateConfig") -> "Work":
     """The mode, the pool, the query sets, and the inputs for the manifest."""
+    from dinov2cli.cli.curate_plan import Work, resolved_mode
+    from dinov2cli.cli.query_sets import parse_queries
     from dinov2cli.cli.selecting import embedding_model
     from dinov2cli.curation.collection import open_collection
 
-    mode = _mode(config, query)
+    queries = [config.resolved(each) for each in (parse_queries(query) or config.queries)]
+    mode = resolved_mode(config, queries)
     collection = open_collection(data)
-    queries = [open_collection(name) for name in query]
-    inputs = [c.fingerprint for c in (collection, *queries)]
-    return mode, collection, queries, inputs + embedding_model(config, [collection, *queries])
+    opened = [open_collection(each.data) for each in queries]
+    inputs = [c.fingerprint for c in (collection, *opened)]
+    return Work(mode, collection, queries, opened, inputs + embedding_model(config, [collection, *opened]))
 
 
 def _found(
-    path: Path,
-    mode: str,
-    collection: "Collection",
-    queries: "list[Collection]",
-    config: "CurateConfig",
-    talk: "Talk",
-    ranks: Ranks,
-) -> "tuple[Curated, Callable[[], ImageSource]]":
-    """What was chosen, and the images of the pool; images without embeddings are embedded first."""
+    path: Path, work: "Work", config: "CurateConfig", talk: "Talk", parts: "Parts", ranks: Ranks
+) -> "tuple[Curated, Coverage | None, Callable[[], ImageSource], Opened]":
+    """What was chosen, how it covers the pool, the images its rows count in, and what opens those of the query sets.
+
+    Images without embeddings are embedded first.
+    """
+    from dinov2cli.cli.curate_plan import steps
+    from dinov2cli.cli.query_sets import naming, query_sets
     from dinov2cli.cli.selecting import with_vectors
 
-    collection = with_vectors(collection, config, talk, path / "embeddings", ranks=ranks)
+    collection = with_vectors(work.collection, config, talk, path / "embeddings", ranks=ranks)
     if collection.random:
         talk.warn("these embeddings come from random weights: clusters follow colour and brightness, not content")
-    queries = [
-        with_vectors(c, config, talk, path / f"query_embeddings_{i}", like=collection, ranks=ranks)
-        for i, c in enumerate(queries)
-    ]
-    if mode == "balanced" and config.target_size is not None and config.target_size > collection.rows:
+    opened = []
+    for number, (query, each) in enumerate(zip(work.queries, work.opened, strict=True)):
+        with naming(query.data):
+            place = path / f"query_embeddings_{number}"
+            opened.append(with_vectors(each, config, talk, place, like=collection, ranks=ranks))
+    if not work.queries and config.target_size is not None and config.target_size > collection.rows:
         talk.warn(f"the pool holds {collection.rows:,} images, --target-size {config.target_size:,}: all are kept")
         config = config.model_copy(update={"target_size": collection.rows})
-    return _choose(mode, collection, queries, config, ranks), collection.images
+    sets = query_sets(work.queries, opened)
+    with talk.progress("curate", None, unit="rows") as advance:
+        means = {"memory": config.memory, "store": parts, "progress": steps(advance), "ranks": ranks}
+        found = _choose(work.mode, collection, sets, config, means)
+        coverage = None
+        if config.coverage_clusters != 0:
+            found, coverage = _measured(found, collection, sets, config, means)
+    joined = [each for each, query in zip(zip(sets, opened, strict=True), work.queries, strict=True) if query.include]
+    images, pictures = collection.images, {each.name: c.images for each, c in zip(sets, opened, strict=True)}
+    if joined:
+        found, images = _with_queries(found, collection, joined, config, ranks)
+    return found, coverage, images, pictures
 
 
-def _mode(config: "CurateConfig", query: list[str]) -> str:
-    from dinov2cli.errors import UserError
+def _measured(
+    found: "Curated",
+    collection: "Collection",
+    sets: "list[QuerySet]",
+    config: "CurateConfig",
+    means: dict[str, Any],
+) -> "tuple[Curated, Coverage]":
+    from dataclasses import replace
 
-    mode = config.mode if config.mode != "auto" else "sample" if query else "balanced"
-    if mode == "balanced" and query:
-        raise UserError("--mode balanced takes no --query; expected --mode sample or cluster with it")
-    if mode != "balanced" and not query:
-        raise UserError(f"--mode {mode} needs --query, the images to look for")
-    if mode == "balanced" and config.target_size is None:
-        raise UserError("curate without --query needs --target-size, the number of images to keep")
-    return mode
+    from dinov2cli.curation.coverage import coverage_messages, measure
+
+    assert collection.vectors is not None
+    coverage = measure(
+        collection.table(),
+        collection.vectors,
+        found.rows,
+        clusters=config.coverage_clusters,
+        queries=sets,
+        iterations=config.iterations,
+        seed=config.seed,
+        **means,
+    )
+    summary = {**found.summary, "coverage": coverage.summary()}
+    return replace(found, summary=summary, messages=[*found.messages, *coverage_messages(coverage)]), coverage
+
+
+def _with_queries(
+    found: "Curated",
+    collection: "Collection",
+    joined: "list[tuple[QuerySet, Collection]]",
+    config: "CurateConfig",
+    ranks: Ranks,
+) -> "tuple[Curated, Callable[[], ImageSource]]":
+    from dinov2cli.curation.query_images import QueryImages, images_of_all, include_queries
+
+    assert collection.vectors is not None
+    found, _ = include_queries(
+        found,
+        collection.vectors,
+        [QueryImages(each.name, opened.table(), each.vectors) for each, opened in joined],
+        threshold=config.include_threshold,
+        seed=config.seed,
+        ranks=ranks,
+    )
+    return found, lambda: images_of_all(collection.images(), [opened.images() for _, opened in joined])
 
 
 def _choose(
-    mode: str, collection: "Collection", queries: "list[Collection]", config: "CurateConfig", ranks: Ranks
+    mode: str, collection: "Collection", sets: "list[QuerySet]", config: "CurateConfig", means: dict[str, Any]
 ) -> "Curated":
-    from dinov2cli.curation.retrieval import QuerySet, retrieve_clusters, retrieve_samples
-    from dinov2cli.curation.sampling import sample_balanced
+    from dinov2cli.curation.pruning import prune_semantic
+    from dinov2cli.curation.retrieval import retrieve
+    from dinov2cli.curation.sampling import sample_balanced, sample_bounded
 
     assert collection.vectors is not None
     pool, vectors, c = collection.table(), collection.vectors, config
-    if mode == "balanced":
-        assert c.target_size is not None
-        return sample_balanced(
-            pool,
-            vectors,
-            c.target_size,
-            levels=c.levels,
-            resample_steps=c.resample_steps,
-            iterations=c.iterations,
-            strategy=c.strategy,
-            seed=c.seed,
-            ranks=ranks,
-        )
-    sets = [QuerySet(q.spec, q.vectors, q.table().column("id").to_pylist()) for q in queries if q.vectors is not None]
-    if mode == "sample":
-        return retrieve_samples(
+    common: dict[str, Any] = {"iterations": c.iterations, "seed": c.seed, **means}
+    if sets:
+        return retrieve(
             pool,
             vectors,
             sets,
-            k=c.neighbours,
             target_size=c.target_size,
+            clusters=c.clusters,
             index=c.index,
             nprobe=c.nprobe,
-            seed=c.seed,
-            ranks=ranks,
+            recall=c.recall,
+            **common,
         )
-    return retrieve_clusters(
-        pool,
-        vectors,
-        sets,
-        clusters=c.clusters,
-        more_than=c.more_than,
-        per_cluster=c.per_cluster,
-        per_set=c.per_set,
-        target_size=c.target_size,
-        iterations=c.iterations,
-        seed=c.seed,
-        ranks=ranks,
-    )
+    if mode == "semdedup":
+        return prune_semantic(pool, vectors, eps=c.eps, target_size=c.target_size, clusters=c.clusters, **common)
+    assert c.target_size is not None
+    common |= {"strategy": c.strategy}
+    if mode == "balanced-kmeans":
+        common = {name: value for name, value in common.items() if name not in ("store", "progress")}
+        return sample_bounded(pool, vectors, c.target_size, clusters=c.clusters, slack=c.slack, **common)
+    return sample_balanced(pool, vectors, c.target_size, levels=c.levels, resample_steps=c.resample_steps, **common)

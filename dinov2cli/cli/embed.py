@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from dinov2cli.data.source import ImageSource
     from dinov2cli.models.load import LoadedModel
 
-_MODEL = "A run, a Hugging Face or timm directory, an official .pth, or an architecture (random weights)."
+_MODEL = (
+    "A run, a Hugging Face or timm directory, an official .pth, an architecture (random weights), or a descriptor: "
+    "sscd:FILE, onnx:FILE."
+)
 _POOL = "cls (class token), mean (of the patch tokens) or cls+mean."
 
 
@@ -54,6 +57,7 @@ def embed(
     - `dinov2 embed photos/ -m run -o embeddings`
     - `dinov2 embed 'shards-{000..015}.tar' -m facebook/dinov2-small -o embeddings`
     - `dinov2 embed photos.parquet -m run -o embeddings --pool mean --json`
+    - `dinov2 embed photos/ -m sscd:sscd_disc_mixup.torchvision.pt -o embeddings`
     """
     from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
@@ -118,19 +122,18 @@ def _opened(data: str, config: "EmbedConfig") -> "tuple[EmbedConfig, ImageSource
     from dinov2cli.cli.frame import canonical_model
     from dinov2cli.data.source import open_source
     from dinov2cli.errors import UserError
+    from dinov2cli.evaluation.features import check_wanted
     from dinov2cli.models.load import load_model
 
     if config.model is None:
         raise UserError(
-            "embed needs a model; give -m MODEL: a run, a Hugging Face directory or name, a .pth, or vits14"
+            "embed needs a model; give -m MODEL: a run, a Hugging Face directory or name, a .pth, sscd:FILE, or vits14"
         )
     model = canonical_model(config.model)
     source = open_source(data)
-    return (
-        config.model_copy(update={"model": model}),
-        source,
-        load_model(model, img_size=config.image_size, seed=config.seed),
-    )
+    loaded = load_model(model, img_size=config.image_size, seed=config.seed)
+    check_wanted(loaded.network, config.pool, patches=config.patch)
+    return config.model_copy(update={"model": model}), source, loaded
 
 
 def _write(
@@ -145,13 +148,13 @@ def _write(
 
     precision = ranks.together(lambda: _to_device(loaded, config, ranks))
     rows, size = len(source), config.shard_size
-    writer = EmbeddingsWriter(out, pooled_dim(loaded.backbone.embed_dim, config.pool), normalized=config.normalize)
+    writer = EmbeddingsWriter(out, pooled_dim(loaded.network.embed_dim, config.pool), normalized=config.normalize)
     start = ranks.first(lambda: first_missing_shard(writer, rows, size) * size)
     bad = BadImages(config.max_bad_fraction)
     with (
         talk.progress("embed", rows - min(start, rows)) as advance,
         stream_features(
-            loaded.backbone,
+            loaded.network,
             source,
             row_ranges(start, rows, config.batch_size, within=size),
             preprocess=loaded.preprocess,
@@ -168,6 +171,8 @@ def _write(
     def finish() -> "Manifest":
         written = sum(writer.shard_rows(shard) for shard in range(shard_count(rows, size)))
         facts: dict[str, Any] = {"random": loaded.random, "images": rows, "unreadable": rows - written}
+        if loaded.copy_detection:  # similarities of such a model have thresholds of their own
+            facts["copy_detection"] = True
         return writer.finish(written, **facts, bad=dict(bad.reasons))
 
     return ranks.first(finish)
@@ -178,20 +183,31 @@ def _to_device(loaded: "LoadedModel", config: "EmbedConfig", ranks: Ranks) -> st
     from dinov2cli.device import choose_device, choose_precision
 
     device = choose_device(config.device, local_rank=ranks.local_rank)
-    loaded.backbone.to(device)
+    loaded.network.to(device)
     return choose_precision(config.precision, device)[0]
 
 
 def _plan(config: "EmbedConfig", source: "ImageSource", loaded: "LoadedModel") -> dict[str, Any]:
-    backbone = loaded.backbone
-    dim = backbone.embed_dim * (2 if config.pool == "cls+mean" else 1)
+    from dinov2cli.evaluation.features import pooled_dim
+
+    network, preprocess = loaded.network, loaded.preprocess
+    dim = pooled_dim(network.embed_dim, config.pool)
     return {
         "images": len(source),
         "model": loaded.name + (" (random weights)" if loaded.random else ""),
-        "parameters": sum(p.numel() for p in backbone.parameters()),
-        "resize, crop": [loaded.preprocess.resize, loaded.preprocess.crop],
+        "kind of model": _kind(loaded),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "resize, crop": f"square of {preprocess.crop}" if preprocess.square else [preprocess.resize, preprocess.crop],
         "dimension": dim,
         "shards": -(-len(source) // config.shard_size),
         "bytes": len(source) * dim * 2,
         "files": ["img_emb/img_emb_0000.npy", "metadata/metadata_0000.parquet", "manifest.json"],
     }
+
+
+def _kind(loaded: "LoadedModel") -> str:
+    from dinov2cli.models.descriptors import Descriptor
+
+    if loaded.copy_detection:
+        return "copy-detection descriptor"
+    return "descriptor" if isinstance(loaded.network, Descriptor) else "backbone"

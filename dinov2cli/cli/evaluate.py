@@ -160,7 +160,9 @@ def _opened(model: str, specs: tuple[str, str], config: "EvalConfig") -> "tuple[
     from dinov2cli.models.load import load_model
 
     sources = [open_source(spec) for spec in specs]
-    return sources, load_model(model, img_size=config.image_size, seed=config.seed)
+    loaded = load_model(model, img_size=config.image_size, seed=config.seed)
+    _ = loaded.backbone  # a descriptor, which has no tokens, is refused before anything is written
+    return sources, loaded
 
 
 def _judged(

@@ -18,7 +18,7 @@ def command_line() -> str:
 
 def workers_for(asked: int | None) -> int:
     """Return the number of decoding processes: as asked, else one per spare core."""
-    from dinov2cli.data.workers import default_workers
+    from dinov2cli.data.cores import default_workers
 
     return default_workers() if asked is None else asked
 
@@ -70,6 +70,11 @@ def check_output(
 
 def canonical_model(spec: str) -> str:
     """Return a MODEL that means the same from any directory and however it was spelled: paths made absolute."""
+    from dinov2cli.models.descriptors import canonical_descriptor
+
+    described = canonical_descriptor(spec)
+    if described is not None:
+        return described
     path = Path(spec).expanduser()
     return str(path.resolve()) if path.exists() else spec
 

@@ -30,6 +30,8 @@ Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="au
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of everything random.",
     rich_help_panel=_COMMON)]  # fmt: skip
 
+Memory = Annotated[str | None, typer.Option("--memory", metavar="AMOUNT", help="Most memory that searches may take, as "
+    "8GB; default: what they need.", rich_help_panel=_COMMON)]  # fmt: skip
 Processes = Annotated[int | None, typer.Option("--processes", "-n", metavar="N", min=1, help="Share the work "
     "among N processes of this machine, one per GPU.", rich_help_panel=_COMMON)]  # fmt: skip
 

@@ -158,7 +158,7 @@ def _with_packed(
     for name in ("width", "height", "sha256", PATH_COLUMN):
         kept = _set(kept, name, index.column(name))
     reasons = [f"unreadable: {reason}" for reason in index.column("unreadable").drop_null().to_pylist()]
-    lost = dropped_table(found.kept, gone, reason=reasons)
+    lost = dropped_table(found.kept, gone, reason=pa.array(reasons, pa.string()))
     groups = found.groups
     if groups is not None and len(gone):
         still = pc.invert(pc.is_in(groups.column("id"), lost.column("id").combine_chunks()))

@@ -10,17 +10,18 @@ if TYPE_CHECKING:
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import CurateConfig, DedupConfig
     from dinov2cli.curation.collection import Collection
+    from dinov2cli.data.source import ImageSource
 
 
 def embedding_model(
     config: "DedupConfig | CurateConfig", collections: "list[Collection | None]"
 ) -> list[dict[str, Any]]:
     """The manifest's entry of the model of `-m` where a collection needs it; a bad model fails here, early."""
+    if config.model is None or all(c is None or c.vectors is not None for c in collections):
+        return []
     from dinov2cli.cli.frame import canonical_model, model_input
     from dinov2cli.models.load import load_model
 
-    if config.model is None or all(c is None or c.vectors is not None for c in collections):
-        return []
     spec = canonical_model(config.model)
     return [model_input(spec, load_model(spec, seed=config.seed).fingerprint)]
 
@@ -53,6 +54,11 @@ def with_vectors(
                     f"{collection.spec} was embedded by {ours}, {like.spec} by {theirs}; expected the same model: "
                     "embed one of them again"
                 )
+        if like is not None and like.vectors is not None and collection.vectors.dim != like.vectors.dim:
+            raise InputError(
+                f"{collection.spec} holds vectors of length {collection.vectors.dim}, {like.spec} of length "
+                f"{like.vectors.dim}; expected the same: embed both with one model"
+            )
         return collection
     if settings is not None:
         embed_config = EmbedConfig.model_validate({**settings, "workers": config.workers, "device": config.device})
@@ -68,6 +74,17 @@ def with_vectors(
     run_embed(collection.spec, place, embed_config, talk.inner(), ranks=ranks)
     embedded = open_collection(str(place))
     return replace(embedded, spec=collection.spec, fingerprint=collection.fingerprint)
+
+
+def pictures(collection: "Collection", talk: "Talk") -> "ImageSource | None":
+    """The images behind a collection for its report; None, which the user is told, where they cannot be opened."""
+    from dinov2cli.errors import InputError
+
+    try:
+        return collection.images()
+    except InputError as error:
+        talk.say(f"the report has no pictures: {error}")
+        return None
 
 
 def _made_by(collection: "Collection") -> str:

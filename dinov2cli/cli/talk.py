@@ -72,8 +72,13 @@ class Talk:
             self.console.print(f"  {escape(key.ljust(width))}  {escape(_shown(value))}")
 
     @contextlib.contextmanager
-    def progress(self, label: str, total: int | None, unit: str = "images") -> Iterator[Advance]:
-        """Show rate and time left while the block runs; yields a function that is told of finished units."""
+    def progress(
+        self, label: str, total: int | None, unit: str = "images", *, started: float | None = None
+    ) -> Iterator[Advance]:
+        """Show rate and time left while the block runs; yields a function that is told of finished units.
+
+        `started` is when the work began, on the clock of time.monotonic(), if not now.
+        """
         if self.quiet:
             yield lambda _count: None
         elif self.console.is_terminal:
@@ -81,9 +86,32 @@ class Talk:
                 task = bar.add_task(label, total=total, unit=unit)
                 yield lambda count: bar.advance(task, count)
         else:
-            lines = _ProgressLines(self.say, label, total, unit)
+            lines = _ProgressLines(self.say, label, total, unit, started)
             yield lines.advance
             lines.close()
+
+    @contextlib.contextmanager
+    def stages(self) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+        """Show the progress of stages one after another; yields what gives a stage, by name, the function that a core
+        function tells (units done so far, units in all)."""
+        with contextlib.ExitStack() as shown:
+
+            def stage(label: str) -> Callable[[int, int], None]:
+                tell: Callable[[int, int], None] | None = None
+                started = time.monotonic()
+
+                def update(done: int, total: int) -> None:
+                    nonlocal tell
+                    if tell is None:
+                        shown.close()  # whatever came before has ended
+                        tell = absolute(shown.enter_context(self.progress(label, total, started=started)))
+                    tell(done, total)
+                    if done >= total:
+                        shown.close()
+
+                return update
+
+            yield stage
 
 
 def absolute(advance: Advance) -> Callable[[int, int], None]:
@@ -101,9 +129,11 @@ def absolute(advance: Advance) -> Callable[[int, int], None]:
 class _ProgressLines:
     """Progress for logs: a line every ten seconds and one at the end."""
 
-    def __init__(self, say: Callable[[str], None], label: str, total: int | None, unit: str) -> None:
+    def __init__(
+        self, say: Callable[[str], None], label: str, total: int | None, unit: str, started: float | None
+    ) -> None:
         self._say, self._label, self._total, self._unit = say, label, total, unit
-        self._done, self._told, self._start = 0, 0, time.monotonic()
+        self._done, self._told, self._start = 0, 0, time.monotonic() if started is None else started
         self._next = self._start + 10.0
 
     def advance(self, count: int) -> None:

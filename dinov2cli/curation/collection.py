@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dinov2cli.artifacts.embeddings import Embeddings, open_embeddings
 from dinov2cli.artifacts.manifest import Manifest, has_manifest, read_manifest
@@ -42,6 +43,11 @@ class Collection:
         """Whether the embeddings come from random weights, so that their similarities say little."""
         return self.embeddings is not None and bool(self.embeddings.manifest.extra.get("random"))
 
+    @property
+    def copy_detection(self) -> bool:
+        """Whether the embeddings come from a model made to find copies, whose thresholds the paper gives."""
+        return self.embeddings is not None and bool(self.embeddings.manifest.extra.get("copy_detection"))
+
     def table(self) -> pa.Table:
         """The pool: id, image_path, source, row and every other column known of the rows."""
         return self.pool if self.pool is not None else pool_from_images(self.images())
@@ -59,7 +65,11 @@ def open_collection(spec: str) -> Collection:
         return _from_artifact(spec, parsed.kind, embeddings.manifest, pool, embeddings, embeddings)
     if parsed.kind == "selection":
         selection = open_selection(parsed.location)
-        behind = _embeddings_behind(selection.manifest)
+        # Images of query sets that joined have no row in the pool's embeddings.
+        origins = (
+            pc.unique(selection.kept.column("origin")).to_pylist() if "origin" in selection.kept.column_names else []
+        )
+        behind = None if "query" in origins else _embeddings_behind(selection.manifest)
         vectors = None if behind is None else _subset(behind, selection.kept, parsed.location)
         pool = None if behind is None else selection.kept
         return _from_artifact(spec, parsed.kind, selection.manifest, pool, vectors, behind, selection.kept.num_rows)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dinov2cli.curation.tables import dropped_table
 from dinov2cli.curation.tiers import TIERS, Matches, Reference, Tier
 from dinov2cli.search.components import component_labels
-from dinov2cli.search.vectors import Int64
+from dinov2cli.search.vectors import Float32, Int64
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,24 @@ class EdgeTable:
 
     src: Int64
     dst: Int64
-    similarity: npt.NDArray[np.float64]
-    strength: npt.NDArray[np.float64]
-    tier: Int64
+    similarity: Float32
+    strength: Float32
+    tier: npt.NDArray[np.int8]
 
     def take(self, which: npt.NDArray[np.bool_] | Int64) -> "EdgeTable":
         """The edges of a mask or of positions."""
         return EdgeTable(
             self.src[which], self.dst[which], self.similarity[which], self.strength[which], self.tier[which]
+        )
+
+    def plus(self, src: Int64, dst: Int64, similarity: npt.NDArray[np.floating], tier: str) -> "EdgeTable":
+        """The same with further edges of a tier, of strength 0."""
+        return EdgeTable(
+            np.concatenate([self.src, np.minimum(src, dst)]),
+            np.concatenate([self.dst, np.maximum(src, dst)]),
+            np.concatenate([self.similarity, similarity.astype(np.float32)]),
+            np.concatenate([self.strength, np.zeros(len(src), np.float32)]),
+            np.concatenate([self.tier, np.full(len(src), TIERS.index(tier), np.int8)]),
         )
 
 
@@ -36,9 +47,9 @@ def join_tiers(tiers: Sequence[Tier]) -> EdgeTable:
     table = EdgeTable(
         np.concatenate([t.edges.src for t in tiers]),
         np.concatenate([t.edges.dst for t in tiers]),
-        np.concatenate([t.edges.similarity for t in tiers]).astype(np.float64),
-        np.concatenate([t.strength() for t in tiers]),
-        np.concatenate([np.full(len(t.edges), TIERS.index(t.name), np.int64) for t in tiers]),
+        np.concatenate([t.edges.similarity for t in tiers]).astype(np.float32),
+        np.concatenate([t.strength() for t in tiers]).astype(np.float32),
+        np.concatenate([np.full(len(t.edges), TIERS.index(t.name), np.int8) for t in tiers]),
     )
     table = table.take(np.lexsort((table.tier, table.dst, table.src)))
     new = np.ones(len(table.src), dtype=bool)
@@ -59,8 +70,8 @@ def keep_order(pool: pa.Table) -> Int64:
     if "width" in names and "height" in names:
         area = _numbers(pool, "width") * _numbers(pool, "height")
     sharp = _numbers(pool, "sharpness") if "sharpness" in names else np.zeros(pool.num_rows)
-    ids = np.asarray(pool.column("id").to_pylist(), dtype=np.str_)
-    order = np.lexsort((ids, -sharp, -area))
+    keys = pa.table({"area": area, "sharp": sharp, "id": pool.column("id")})
+    order = pc.sort_indices(keys, [("area", "descending"), ("sharp", "descending"), ("id", "ascending")]).to_numpy()
     rank = np.empty(pool.num_rows, dtype=np.int64)
     rank[order] = np.arange(pool.num_rows)
     return rank
@@ -70,18 +81,18 @@ def drop_outright(
     pool: pa.Table,
     edges: EdgeTable,
     matches: Matches | None,
-    against: Reference | None,
+    against: Sequence[Reference],
     unreadable: Sequence[int],
     whole_components: bool,
 ) -> tuple[npt.NDArray[np.bool_], list[pa.Table]]:
-    """Rows that go before any group is formed: unreadable ones and those the reference holds."""
+    """Rows that go before any group is formed: unreadable ones and those a reference holds."""
     gone = np.zeros(pool.num_rows, dtype=bool)
     parts: list[pa.Table] = []
     if unreadable:
         rows = np.array(unreadable, dtype=np.int64)
         gone[rows] = True
         parts.append(dropped_table(pool, rows, reason="unreadable"))
-    if matches is None or against is None:
+    if matches is None:
         return gone, parts
     leaked = matches.row >= 0
     origin = np.where(leaked, np.arange(pool.num_rows), -1)  # the row of the pool whose match decides
@@ -95,20 +106,30 @@ def drop_outright(
         origin = np.where(leaked, origin, first[label])
     rows = np.flatnonzero((origin >= 0) & ~gone)
     gone[rows] = True
-    ids = pool.column("id").to_pylist()
     source = origin[rows]
+    ids = pool.column("id")
     parts.append(
         dropped_table(
             pool,
             rows,
             reason="against",
-            duplicate_of=[against.ids[r] for r in matches.row[source]],
+            duplicate_of=pa.array(
+                [against[n].ids[r] for n, r in zip(matches.set[source], matches.row[source], strict=True)], pa.string()
+            ),
             similarity=matches.similarity[source],
-            tier=[TIERS[t] for t in matches.tier[source]],
-            via=[None if o == r else ids[o] for o, r in zip(source, rows, strict=True)],
+            tier=_tier_names(matches.tier[source]),
+            via=ids.take(pa.array(source, mask=source == rows)),
+            reference=pa.array([against[n].name for n in matches.set[source]], pa.string()),
         )
     )
     return gone, parts
+
+
+def representatives(label: Int64, priority: Int64) -> Int64:
+    """For every row the row that is kept of its component, [N]: the one of the lowest `priority`."""
+    best = np.full(len(label), len(label), dtype=np.int64)
+    np.minimum.at(best, label, priority)
+    return np.argsort(priority)[best[label]]
 
 
 @dataclass(frozen=True)
@@ -130,9 +151,7 @@ def resolve_groups(
     edges: those that hold the components together; label: component of every row [N].
     """
     rows = pool.num_rows
-    best = np.full(rows, rows, dtype=np.int64)
-    np.minimum.at(best, label, priority)
-    keeper = np.argsort(priority)[best[label]]
+    keeper = representatives(label, priority)
     size = np.bincount(label, minlength=rows)
     grouped = (size[label] > 1) & ~gone
     group = np.full(rows, -1, dtype=np.int64)
@@ -140,23 +159,23 @@ def resolve_groups(
     is_keeper = keeper == np.arange(rows)
     copies = np.flatnonzero(~is_keeper & ~gone)
     other, similarity, tier = _deciding_edges(edges, copies, keeper)
-    ids = np.asarray(pool.column("id").to_pylist(), dtype=object)
-    reasons: list[str] = [TIERS[t] for t in tier]
+    ids = pool.column("id")
+    reasons = _tier_names(tier)
     dropped = dropped_table(
         pool,
         copies,
         reason=reasons,
-        duplicate_of=list(ids[keeper[copies]]),
+        duplicate_of=ids.take(pa.array(keeper[copies])),
         similarity=similarity,
         group=group[copies],
-        tier=list(reasons),
-        via=list(ids[other]),
+        tier=reasons,
+        via=ids.take(pa.array(other)),
     )
     members = np.flatnonzero(grouped)
     members = members[np.lexsort((priority[members], group[members]))]
     table = pa.table(
         {
-            "id": pa.array(ids[members], pa.string()),
+            "id": ids.take(pa.array(members)).cast(pa.string()),
             "image_path": pool.column("image_path").take(pa.array(members)),
             "group": pa.array(group[members], pa.int64()),
             "keep": pa.array(is_keeper[members], pa.bool_()),
@@ -165,7 +184,11 @@ def resolve_groups(
     return Groups(np.flatnonzero(is_keeper & ~gone), dropped, table, np.bincount(group[members]))
 
 
-def _deciding_edges(edges: EdgeTable, copies: Int64, keeper: Int64) -> tuple[Int64, npt.NDArray[np.float64], Int64]:
+def _tier_names(tier: npt.NDArray[np.integer]) -> pa.Array:
+    return pa.array(TIERS, pa.string()).take(pa.array(tier))
+
+
+def _deciding_edges(edges: EdgeTable, copies: Int64, keeper: Int64) -> tuple[Int64, Float32, npt.NDArray[np.int8]]:
     """For every dropped row the edge that removed it: the direct one to the image kept, else its most similar one.
 
     Returns the row at the other end, the similarity and the tier, each [len(copies)].

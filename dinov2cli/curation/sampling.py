@@ -1,4 +1,4 @@
-"""Balanced sampling without a query: a tree of k-means clusters, and a budget poured into it from the top."""
+"""Balanced sampling without a query: a budget poured into a tree of k-means clusters, or evenly over flat ones."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,10 @@ import pyarrow as pa
 from dinov2cli.curation.tables import Curated, dropped_table, kept_table, other_rows
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
-from dinov2cli.search.blocks import Progress
+from dinov2cli.search.balanced import fit_balanced
+from dinov2cli.search.blocks import Progress, Store
 from dinov2cli.search.hierarchy import Hierarchy, default_levels, fit_hierarchy
-from dinov2cli.search.kmeans import rank_in_group
+from dinov2cli.search.kmeans import Assignment, rank_in_group
 from dinov2cli.search.vectors import Int64, Vectors, as_vectors
 
 STRATEGIES = ("random", "closest")
@@ -28,6 +29,8 @@ def sample_balanced(
     strategy: str = "random",
     spherical: bool = True,
     seed: int = 0,
+    memory: int | None = None,
+    store: Store | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Curated:
@@ -40,12 +43,7 @@ def sample_balanced(
     the pool cannot give.
     """
     source = as_vectors(vectors, unit=spherical)
-    if not 1 <= target_size <= source.rows:
-        raise UserError(
-            f"--target-size {target_size}: the pool holds {source.rows} images; expected between 1 and that"
-        )
-    if strategy not in STRATEGIES:
-        raise UserError(f"strategy '{strategy}': expected one of {', '.join(STRATEGIES)}")
+    _check(source.rows, target_size, strategy)
     chosen_levels = list(levels) if levels else default_levels(source.rows)
     tree = fit_hierarchy(
         source,
@@ -54,6 +52,8 @@ def sample_balanced(
         iterations=iterations,
         spherical=spherical,
         seed=seed,
+        memory=memory,
+        store=store,
         progress=progress,
         ranks=ranks,
     )
@@ -65,18 +65,73 @@ def sample_balanced(
     summary = {
         "images": source.rows,
         "kept": len(rows),
+        "mode": "balanced",
         "levels": chosen_levels,
         "empty_clusters": [int((level.assignment.sizes(level.kmeans.k) == 0).sum()) for level in tree.levels],
         "evenness_before": before,
         "evenness_after": after,
     }
+    shown = " > ".join(f"{k:,}" for k in reversed(chosen_levels))
     messages = [
-        f"sampled {len(rows)} of {source.rows} images from {' > '.join(map(str, reversed(chosen_levels)))} clusters",
+        f"sampled {len(rows):,} of {source.rows:,} images from {shown} clusters",
         f"evenness over the coarsest clusters (1 = all equal): {before:.3f} before, {after:.3f} after",
     ]
     return Curated(
         kept=kept_table(pool, rows, extra),
         dropped=dropped_table(pool, rest, reason="not_sampled"),
+        rows=rows,
+        summary=summary,
+        messages=messages,
+    )
+
+
+def sample_bounded(
+    pool: pa.Table,
+    vectors: Vectors | npt.NDArray[np.floating],
+    target_size: int,
+    *,
+    clusters: int | None = None,
+    slack: float = 2.0,
+    iterations: int = 20,
+    strategy: str = "random",
+    spherical: bool = True,
+    seed: int = 0,
+    memory: int | None = None,
+    ranks: Ranks = ALONE,
+) -> Curated:
+    """Exactly `target_size` rows, as many from each of `clusters` clusters of bounded size (balanced k-means).
+
+    No cluster holds more than ceil(slack x N / clusters) rows (see `fit_balanced`; by default one per 32 rows, at most
+    100,000). With slack 1 all are equally large: the sample follows the density of the pool, spread evenly over its
+    regions. More slack makes it flatter, towards a draw from plain k-means. kept has the column `cluster`. Raises
+    UserError for a target the pool cannot give.
+    """
+    source = as_vectors(vectors, unit=spherical)
+    _check(source.rows, target_size, strategy)
+    k = min(clusters or default_levels(source.rows)[0], source.rows)
+    kmeans, found = fit_balanced(
+        source, k, slack=slack, iterations=iterations, spherical=spherical, seed=seed, memory=memory, ranks=ranks
+    )
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0xF1A7]))
+    sizes = found.sizes(kmeans.k)
+    budget = waterfill(sizes, target_size, rng)
+    rows, share = _draw(found, budget, strategy, rng), budget[sizes > 0]
+    summary = {
+        "images": source.rows,
+        "kept": len(rows),
+        "mode": "balanced-kmeans",
+        "clusters": kmeans.k,
+        "empty_clusters": int((sizes == 0).sum()),
+        "largest_cluster": int(sizes.max()),
+        "slack": slack,
+    }
+    messages = [
+        f"sampled {len(rows):,} of {source.rows:,} images from {kmeans.k:,} clusters of at most "
+        f"{int(sizes.max()):,} images, {int(share.min()):,} to {int(share.max()):,} of each"
+    ]
+    return Curated(
+        kept=kept_table(pool, rows, {"cluster": pa.array(found.label[rows], pa.int64())}),
+        dropped=dropped_table(pool, other_rows(source.rows, rows), reason="not_sampled"),
         rows=rows,
         summary=summary,
         messages=messages,
@@ -92,15 +147,16 @@ def sample_tree(tree: Hierarchy, target: int, *, strategy: str = "random", seed:
     budget = waterfill(sizes[-1], target, rng)
     for depth in range(len(tree.levels) - 2, -1, -1):
         parent = tree.levels[depth + 1].assignment.label  # of every cluster of this level
-        below = np.zeros(len(parent), dtype=np.int64)
-        for cluster in np.flatnonzero(budget):
-            children = np.flatnonzero(parent == cluster)
-            below[children] = waterfill(sizes[depth][children], int(budget[cluster]), rng)
-        budget = below
-    finest = tree.levels[0].assignment
-    preference = finest.distance if strategy == "closest" else rng.random(len(finest.label))
-    order = np.lexsort((np.arange(len(preference)), preference, finest.label))
-    group = finest.label[order]
+        budget = waterfill_groups(sizes[depth], parent, budget, rng)
+    return _draw(tree.levels[0].assignment, budget, strategy, rng)
+
+
+def _draw(assignment: Assignment, budget: Int64, strategy: str, rng: np.random.Generator) -> Int64:
+    """`budget` [k] rows of every cluster, sorted: at random, or those nearest to the centroid first (ties by row)."""
+    rows = len(assignment.label)
+    preference = assignment.distance if strategy == "closest" else rng.random(rows)
+    order = np.lexsort((np.arange(rows), preference, assignment.label))
+    group = assignment.label[order]
     return np.sort(order[rank_in_group(group) < budget[group]])
 
 
@@ -111,22 +167,50 @@ def waterfill(capacity: npt.ArrayLike, total: int, rng: np.random.Generator) -> 
     by `rng`.
     """
     room = np.asarray(capacity, dtype=np.int64)
-    total = min(int(total), int(room.sum()))
-    if total <= 0:
-        return np.zeros(len(room), dtype=np.int64)
-    # Largest whole level at which no more than `total` is poured: sum(min(room, level)) grows with the level.
-    low, high = 0, int(room.max())
-    while low < high:
-        middle = (low + high + 1) // 2
-        if int(np.minimum(room, middle).sum()) <= total:
-            low = middle
-        else:
-            high = middle - 1
-    share = np.minimum(room, low)
-    open_ = np.flatnonzero(room > low)
-    left = total - int(share.sum())
-    share[rng.permutation(open_)[:left]] += 1
-    return share
+    return waterfill_groups(room, np.zeros(len(room), dtype=np.int64), np.array([max(0, total)]), rng)
+
+
+def waterfill_groups(capacity: npt.ArrayLike, group: Int64, totals: Int64, rng: np.random.Generator) -> Int64:
+    """`waterfill` for many groups of vessels at once: shares [n] of `totals` [G] over vessels of `group` [n] in
+    0 .. G - 1.
+
+    In a group with capacities c_0 <= c_1 <= ... a total T fills the first i vessels, and the n - i others to the
+    level (T - c_0 - ... - c_{i-1}) / (n - i), for the least i with c_0 + ... + c_{i-1} + (n - i) c_i > T. One sort
+    finds it for all groups.
+    """
+    room = np.asarray(capacity, dtype=np.int64)
+    if not len(room):
+        return np.zeros(0, dtype=np.int64)
+    order = np.lexsort((room, group))
+    room, mine = room[order], group[order]
+    place = rank_in_group(mine)
+    size = np.bincount(mine, minlength=len(totals))
+    before = np.cumsum(room) - room
+    before -= before[np.flatnonzero(place == 0)][np.cumsum(place == 0) - 1]  # sums start anew in every group
+    rest = size[mine] - place
+    spills = before + rest * room > totals[mine]
+    # The least such i of every group; a group without one is filled to the brim.
+    first = np.full(len(totals), len(room) + 1, dtype=np.int64)
+    np.minimum.at(first, mine[spills], np.flatnonzero(spills))
+    share = room.copy()
+    open_ = np.arange(len(room)) >= first[mine]
+    at = first[mine[open_]]
+    left, vessels = totals[mine[open_]] - before[at], rest[at]
+    share[open_] = left // vessels
+    lucky = np.lexsort((rng.random(len(at)), mine[open_]))
+    extra = np.empty(len(at), dtype=bool)
+    extra[lucky] = rank_in_group(mine[open_][lucky]) < (left % vessels)[lucky]
+    share[open_] += extra
+    result = np.empty_like(share)
+    result[order] = share
+    return result
+
+
+def _check(rows: int, target_size: int, strategy: str) -> None:
+    if not 1 <= target_size <= rows:
+        raise UserError(f"--target-size {target_size}: the pool holds {rows} images; expected between 1 and that")
+    if strategy not in STRATEGIES:
+        raise UserError(f"strategy '{strategy}': expected one of {', '.join(STRATEGIES)}")
 
 
 def _spread(label: Int64, k: int) -> float:

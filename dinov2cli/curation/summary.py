@@ -53,6 +53,8 @@ def dedup_messages(summary: dict[str, Any], *, k: int) -> list[str]:
             f"{summary['truncated_rows']} images have more than {k} neighbours above the threshold and were compared "
             f"with the nearest {k} only; raise k or the threshold"
         )
+    if summary.get("left_chains"):
+        lines.append(f"{summary['left_chains']} images left a group that only a chain of others tied them to")
     for cut in summary["recut"]:
         lines.append(
             f"a group of {cut['size']} images looked like a chain of look-alikes and was cut at strength "

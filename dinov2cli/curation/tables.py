@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from dinov2cli.search.vectors import Int64
 
+Strings: TypeAlias = pa.Array | pa.ChunkedArray
 IDENTITY = ("id", "image_path", "source", "row")
 
 
@@ -59,31 +60,33 @@ def dropped_table(
     pool: pa.Table,
     rows: Int64,
     *,
-    reason: list[str] | str,
-    duplicate_of: list[str | None] | None = None,
+    reason: Strings | str,
+    duplicate_of: Strings | None = None,
     similarity: npt.NDArray[np.floating] | None = None,
     group: Int64 | None = None,
-    tier: list[str | None] | None = None,
-    via: list[str | None] | None = None,
+    tier: Strings | None = None,
+    via: Strings | None = None,
+    reference: Strings | None = None,
 ) -> pa.Table:
     """Dropped rows in the format of a selection; NaN similarities and negative groups become nulls.
 
     tier: what kind of comparison found the match. via: the image at the other end of the edge that removed this
-    one, which in a chain is not the one kept.
+    one, which in a chain is not the one kept. reference: the set that `duplicate_of` is of, where it is not the pool.
     """
     n = len(rows)
-    nothing: list[str | None] = [None] * n
+    nothing = pa.nulls(n, pa.string())
     values = np.full(n, np.nan) if similarity is None else np.asarray(similarity, dtype=np.float64)
     groups = np.full(n, -1, dtype=np.int64) if group is None else group
     return pa.table(
         {
             "id": pool.column("id").take(pa.array(rows)).cast(pa.string()),
-            "reason": pa.array([reason] * n if isinstance(reason, str) else reason, pa.string()),
-            "duplicate_of": pa.array(duplicate_of or nothing, pa.string()),
+            "reason": pa.repeat(reason, n) if isinstance(reason, str) else reason,
+            "duplicate_of": nothing if duplicate_of is None else duplicate_of,
             "similarity": pa.array(values, pa.float64(), mask=np.isnan(values)),
             "group": pa.array(groups, pa.int64(), mask=groups < 0),
-            "tier": pa.array(tier or nothing, pa.string()),
-            "via": pa.array(via or nothing, pa.string()),
+            "tier": nothing if tier is None else tier,
+            "via": nothing if via is None else via,
+            "reference": nothing if reference is None else reference,
         }
     )
 

@@ -4,21 +4,25 @@ All tiers speak one language: edges between rows of the pool with a similarity i
 match per row in a reference set.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.search.blocks import Progress
 from dinov2cli.search.edges import Edges, make_edges
 from dinov2cli.search.hamming import BITS, HashTable, best_hash_match
 from dinov2cli.search.neighbours import best_match
-from dinov2cli.search.vectors import Int64, Vectors
+from dinov2cli.search.vectors import Float32, Int64, Vectors
 
-TIERS = ("bytes", "pixels", "perceptual", "embedding")
-Keys = Sequence[str | None]
+TIERS = ("bytes", "pixels", "perceptual", "geometric", "embedding")
+Keys: TypeAlias = Sequence[str | None] | pa.Array | pa.ChunkedArray
+"""A digest for every row; None or null where there is none."""
 
 
 @dataclass(frozen=True)
@@ -29,29 +33,42 @@ class Tier:
     edges: Edges
     floor: float
 
-    def strength(self) -> npt.NDArray[np.float64]:
+    def strength(self) -> Float32:
         """[E] in 0 .. 1; exact copies have 1."""
-        span = max(1.0 - self.floor, 1e-9)
-        value = (self.edges.similarity.astype(np.float64) - self.floor) / span
-        return np.clip(value, 0.0, 1.0) if self.floor < 1 else np.ones(len(self.edges))
+        if self.floor >= 1:
+            return np.ones(len(self.edges), dtype=np.float32)
+        return np.clip((self.edges.similarity - np.float32(self.floor)) / np.float32(1 - self.floor), 0, 1)
+
+    def only(self, which: npt.NDArray[np.bool_]) -> "Tier":
+        """The same with the edges of a mask [E]."""
+        edges = self.edges
+        left = Edges(edges.src[which], edges.dst[which], edges.similarity[which], edges.truncated)
+        return Tier(self.name, left, self.floor)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The set nothing may leak from, by what is known of it: ids [R], and digests, hashes or vectors of its images."""
+    """A set that nothing may leak from, by what is known of it.
+
+    ids [R], its name, and digests, hashes or vectors of its images. local: from local features, for every row of the
+    pool the similarity [N] and row [N] (-1 for none) of its best match.
+    """
 
     ids: Sequence[str]
+    name: str = "reference"
     sha256: Keys | None = None
     pixels: Keys | None = None
     hashes: HashTable | None = None
     vectors: Vectors | npt.NDArray[np.floating] | None = None
+    local: Callable[[], tuple[Float32, Int64]] | None = None
 
 
 @dataclass(frozen=True)
 class Matches:
-    """For every row of the pool its match in the reference: row [N] (-1 for none), similarity [N], tier [N]
-    (a position in TIERS)."""
+    """For every row of the pool its match among the references: set [N], row [N] of that set (-1 for none), similarity
+    [N], tier [N] (a position in TIERS)."""
 
+    set: Int64
     row: Int64
     similarity: npt.NDArray[np.float64]
     tier: Int64
@@ -62,7 +79,7 @@ def exact_tier(name: str, keys: Keys, priority: Int64) -> Tier:
 
     The star's centre is then the image that will be kept, so every copy has its direct edge to it.
     """
-    code = _codes(keys)[0]
+    code = _codes(keys)
     order = np.lexsort((priority, code))
     order = order[code[order] >= 0]
     _, first = np.unique(code[order], return_index=True)
@@ -78,7 +95,7 @@ def perceptual_tier(edges: Edges, radius: int) -> Tier:
 
 def reference_matches(
     rows: int,
-    reference: Reference,
+    references: Sequence[Reference],
     *,
     threshold: float,
     sha256: Keys | None = None,
@@ -86,49 +103,66 @@ def reference_matches(
     hashes: HashTable | None = None,
     hash_radius: int,
     vectors: Vectors | npt.NDArray[np.floating] | None = None,
+    bias: Float32 | None = None,
     index: str = "auto",
-    nprobe: int = 32,
+    nprobe: int | None = None,
+    memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Matches:
-    """The reference image that each row repeats, by the most certain tier that both sides have.
+    """The reference image that each row repeats, of the first set that has one, by the most certain tier that both
+    sides have.
 
-    threshold: cosine above which (strictly) a row counts as leaked. Direct matches only: a row is never dropped
-    for resembling another row that matches.
+    threshold: cosine above which (strictly) a row counts as leaked. bias: what score normalisation takes from every
+    row's cosines [N]. Direct matches only: a row is never dropped for resembling another row that matches.
     """
-    found = Matches(np.full(rows, -1, dtype=np.int64), np.full(rows, np.nan), np.full(rows, -1, dtype=np.int64))
-    for tier, ours, theirs in ((0, sha256, reference.sha256), (1, pixels, reference.pixels)):
-        if ours is not None and theirs is not None:
-            position = _first_position(theirs)
-            row = np.array([position.get(key, -1) if key else -1 for key in ours], dtype=np.int64)
-            _take(found, tier, row, np.ones(rows))
-    if hashes is not None and reference.hashes is not None:
-        similarity, row = best_hash_match(hashes, reference.hashes, radius=hash_radius, ranks=ranks)
-        _take(found, 2, row, similarity)
-    if vectors is not None and reference.vectors is not None and len(reference.ids):
-        similarity, row = best_match(
-            vectors, reference.vectors, index=index, nprobe=nprobe, seed=seed, progress=progress, ranks=ranks
-        )
-        _take(found, 3, np.where(similarity > threshold, row, -1), similarity)
+    nowhere = np.full(rows, -1, dtype=np.int64)
+    found = Matches(nowhere, nowhere.copy(), np.full(rows, np.nan), nowhere.copy())
+    for number, reference in enumerate(references):
+        for tier, ours, theirs in (("bytes", sha256, reference.sha256), ("pixels", pixels, reference.pixels)):
+            if ours is not None and theirs is not None:
+                first = pc.index_in(_strings(ours), value_set=_strings(theirs), skip_nulls=True)
+                row = np.asarray(first.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int64)
+                _take(found, number, tier, row, np.ones(rows))
+        if hashes is not None and reference.hashes is not None:
+            similarity, row = best_hash_match(hashes, reference.hashes, radius=hash_radius, ranks=ranks)
+            _take(found, number, "perceptual", row, similarity)
+        if reference.local is not None:
+            similarity, row = reference.local()
+            _take(found, number, "geometric", row, similarity)
+        if vectors is not None and reference.vectors is not None and len(reference.ids):
+            similarity, row = best_match(
+                vectors,
+                reference.vectors,
+                index=index,
+                nprobe=nprobe,
+                memory=memory,
+                seed=seed,
+                progress=progress,
+                ranks=ranks,
+            )
+            if bias is not None:
+                similarity = similarity - bias  # the image asked about is the query, so its own bias counts in full
+            _take(found, number, "embedding", np.where(similarity > threshold, row, -1), similarity)
     return found
 
 
-def _take(found: Matches, tier: int, row: Int64, similarity: npt.NDArray[np.floating]) -> None:
+def _take(found: Matches, number: int, tier: str, row: Int64, similarity: npt.NDArray[np.floating]) -> None:
     new = (found.row < 0) & (row >= 0)
-    found.row[new], found.similarity[new], found.tier[new] = row[new], similarity[new], tier
+    found.set[new], found.row[new], found.similarity[new] = number, row[new], similarity[new]
+    found.tier[new] = TIERS.index(tier)
 
 
-def _first_position(keys: Keys) -> dict[str, int]:
-    position: dict[str, int] = {}
-    for row, key in enumerate(keys):
-        if key:
-            position.setdefault(key, row)
-    return position
+def _codes(keys: Keys) -> Int64:
+    """A number per distinct key, [N]; -1 for None or an empty one."""
+    codes = _strings(keys).dictionary_encode().indices.fill_null(-1)
+    return np.asarray(codes.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def _codes(keys: Keys) -> tuple[Int64, int]:
-    """A number per distinct key, -1 for None or an empty one."""
-    position: dict[str, int] = {}
-    code = [position.setdefault(key, len(position)) if key else -1 for key in keys]
-    return np.array(code, dtype=np.int64), len(position)
+def _strings(keys: Keys) -> pa.Array:
+    """Keys as one Arrow array; an empty key becomes a null, which equals nothing."""
+    strings = pa.array(keys, pa.string()) if isinstance(keys, Sequence) else keys
+    if isinstance(strings, pa.ChunkedArray):
+        strings = strings.combine_chunks()
+    return pc.if_else(pc.equal(strings, ""), None, strings)

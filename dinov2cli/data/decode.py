@@ -11,17 +11,19 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from dinov2cli.data import scratch
 from dinov2cli.data.bad import BadImage
 from dinov2cli.data.jpeg import turbo_pixels
 from dinov2cli.data.scratch import Scratch
+
+if TYPE_CHECKING:  # torch takes a second and 180 MB: who only decodes does without
+    import torch
 
 # Pillow refuses above this by itself (twice its MAX_IMAGE_PIXELS); 13,000 x 13,000 passes.
 MAX_PIXELS = 178_956_970
@@ -78,13 +80,37 @@ def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> np.
     return np.array(_loaded(opened, upright=True), dtype=np.uint8)
 
 
+def decode_small(data: bytes, *, name: str, least: int, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, int, int]:
+    """A reduced picture, upright, and the size of the whole one: for fingerprints, which need no more.
+
+    Both sides are divided by the largest of 8, 4, 2 and 1 that leaves the shorter one `least` pixels or more. A JPEG is
+    reduced while it is decoded, in the DCT domain, which saves most of the work but for reading the file to its end;
+    other formats are decoded, then averaged over blocks: the pixels differ a little, the picture does not.
+
+    Returns:
+        uint8 [ceil(H / n), ceil(W / n), 3], then H and W.
+
+    Raises:
+        BadImage: as `decode_image`.
+    """
+    opened = open_image(data, name=name, max_pixels=max_pixels)
+    image, size = opened.image, opened.image.size
+    shrink = next((n for n in (8, 4, 2) if min(size) >= n * least), 1)
+    pixels = turbo_pixels(data, image.format, image.mode, size, shrink)
+    if pixels is None:
+        picture = _loaded(opened, shrink=shrink)
+        rest = round(size[0] / picture.width) if shrink > 1 else 1  # what Pillow's plugin has already reduced
+        pixels = np.asarray(picture.reduce(shrink // rest) if rest < shrink else picture)
+    return _turned(pixels, opened.orientation), opened.height, opened.width
+
+
 def open_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Opened:
     """Read the header of an image file (of a PNG more than that). Raises BadImage: not an image, or too large."""
     image = _open(data, name, max_pixels)
     if image.format == "PNG" and "exif" not in image.info:  # it may come behind the pixels: Pillow would load them
         _load(image, name)
     width, height = image.size
-    orientation = _orientation(image)
+    orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns a TIFF when it loads it
     if orientation >= _TURNED:
         width, height = height, width
     return Opened(name, data, image, height, width, orientation)
@@ -120,7 +146,7 @@ class Decoder:
         return self._scratch.take(needed).numpy()
 
 
-def resize_center_crop(image_HWC: np.ndarray, resize: int, crop: int) -> torch.Tensor:
+def resize_center_crop(image_HWC: np.ndarray, resize: int, crop: int) -> "torch.Tensor":
     """Shorter side to `resize` (bicubic, antialiased, in uint8), then the central `crop` x `crop` square.
 
     Sizes and offsets round as in the published evaluation transform (Resize + CenterCrop).
@@ -144,8 +170,11 @@ def resize_center_crop(image_HWC: np.ndarray, resize: int, crop: int) -> torch.T
     return pixels_CHW[:, top : top + crop, left : left + crop].contiguous()
 
 
-def resize_uint8(image_HWC: np.ndarray, height: int, width: int) -> torch.Tensor:
+def resize_uint8(image_HWC: np.ndarray, height: int, width: int) -> "torch.Tensor":
     """Bicubic antialiased resize in uint8: [H, W, 3] -> [3, height, width]. Within 0.04 grey levels of Pillow's."""
+    import torch
+    import torch.nn.functional as F
+
     # The leading axis first: torch knows channels-last memory, its fast path, by all four strides.
     pixels_1CHW = torch.from_numpy(image_HWC)[None].permute(0, 3, 1, 2)
     if pixels_1CHW.shape[2:] != (height, width):
@@ -233,6 +262,17 @@ def _loaded(opened: Opened, *, upright: bool = False, shrink: int = 1) -> Image.
         return _to_rgb(_upright(image) if upright else image)
     except Exception as error:
         raise BadImage(opened.name, _reason(error)) from error
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [h, w, 3] as displayed under an EXIF orientation."""
+    if orientation >= _TURNED:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _load(image: Image.Image, name: str) -> None:

@@ -247,6 +247,11 @@ def _choose_boxes(image: Image.Image, split: str, count: int, size: int, random:
     poor = np.flatnonzero(allowed & (variance < _MIN_CONTRAST**2))
     wanted = np.concatenate([rich, poor[np.argsort(-variance[poor], kind="stable")]])
     pool = boxes[wanted[: min(count * _CANDIDATES, max(len(rich), count * 6))]]
+    if len(pool) < count:
+        raise InputError(
+            f"demo:photos: one photograph has {len(pool)} places for tiles of size={size}, its share of the count is "
+            f"{count}; expected a smaller count or size"
+        )
     return _spread(pool, count)
 
 

@@ -1,9 +1,10 @@
 """Memory that serves image after image."""
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEPT_BYTES = 64 << 20
 """What one image needs beyond this is given back after it."""
@@ -16,10 +17,14 @@ class Scratch:
     """
 
     def __init__(self) -> None:
+        import torch  # here, for hashing a folder of images needs none of it
+
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, *shape: int) -> Tensor:
+    def take(self, *shape: int) -> "Tensor":
         """uint8 of this shape; what was taken before is overwritten."""
+        import torch
+
         number = math.prod(shape)
         if number > KEPT_BYTES:
             return torch.empty(shape, dtype=torch.uint8)

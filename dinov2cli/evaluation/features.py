@@ -19,6 +19,8 @@ from dinov2cli.data.source import ImageSource
 from dinov2cli.device import autocast
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
+from dinov2cli.evaluation.squares import read_squares
+from dinov2cli.models.descriptors import Descriptor
 from dinov2cli.models.preprocess import Preprocess
 from dinov2cli.models.vit import VisionTransformer
 
@@ -84,7 +86,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 
 def extract(
-    backbone: VisionTransformer,
+    backbone: VisionTransformer | Descriptor,
     batches: Iterable[B],
     *,
     preprocess: Preprocess,
@@ -99,41 +101,62 @@ def extract(
     `pool` picks class token, mean of patch tokens or both concatenated, all after the final norm. `patches` keeps the
     patch tokens too. `last_blocks` > 0 adds what the linear probe reads: the class tokens of that many last blocks (all
     blocks, if the backbone has fewer) and the averaged patches of the last. Vectors are not L2-normalised.
-    Raises UserError for an unknown pool or precision.
+    A descriptor gives its one vector as `pooled`, and nothing else.
+    Raises UserError for an unknown pool or precision, and for tokens of a descriptor.
     """
-    if pool not in POOLS:
-        raise UserError(f"pool {pool!r} is not known: expected one of {', '.join(POOLS)}")
-    device = backbone.cls_token.device
+    check_wanted(backbone, pool, patches=patches, last_blocks=last_blocks)
+    device = backbone.device if isinstance(backbone, Descriptor) else backbone.cls_token.device
     autocast(device, precision)  # an unknown name must fail before the first image is read
-    blocks = range(max(0, backbone.depth - last_blocks), backbone.depth)
     done, started = 0, time.perf_counter()
     for batch in batches:
         with torch.inference_mode(), autocast(device, precision):
             images = preprocess.normalize(batch.images.to(device, non_blocking=True))
-            if last_blocks > 0:
-                seen = backbone.intermediate(images, list(blocks), norm=True)
-                patch_tokens, cls = seen[-1]
-                tokens = torch.stack([cls for _, cls in seen], dim=1)
+            if isinstance(backbone, Descriptor):
+                features = FeatureBatch(batch, _kept(backbone(images).float()))
             else:
-                output = backbone(images)
-                patch_tokens, cls, tokens = output.patches, output.cls, None
-            patch_tokens = patch_tokens.float()
-            features = FeatureBatch(
-                batch=batch,
-                pooled=_kept(_pool(cls.float(), patch_tokens, pool)),
-                patches=_kept(patch_tokens) if patches else None,
-                class_tokens=tokens.float().cpu() if tokens is not None else None,
-                averaged_patches=patch_tokens.mean(dim=1).cpu() if tokens is not None else None,
-            )
+                features = _token_features(backbone, batch, images, pool, patches, last_blocks)
         done += len(batch.images)
         if on_rate is not None:
             on_rate(done, time.perf_counter() - started)
         yield features
 
 
+def check_wanted(
+    backbone: VisionTransformer | Descriptor, pool: Pool, *, patches: bool = False, last_blocks: int = 0
+) -> None:
+    """Raise UserError for an unknown pool, and for tokens where a descriptor has none."""
+    if pool not in POOLS:
+        raise UserError(f"pool {pool!r} is not known: expected one of {', '.join(POOLS)}")
+    if isinstance(backbone, Descriptor) and (pool != "cls" or patches or last_blocks > 0):
+        found = "patch tokens" if patches else "tokens of its last blocks" if last_blocks > 0 else f"pool {pool!r}"
+        raise UserError(f"this model gives one vector per image and has no tokens; found {found}: leave that out")
+
+
+def _token_features(
+    backbone: VisionTransformer, batch: B, images: Tensor, pool: Pool, patches: bool, last_blocks: int
+) -> FeatureBatch[B]:
+    """What `extract` yields for a batch, of normalised images [n, 3, S, S]."""
+    if last_blocks > 0:
+        blocks = range(max(0, backbone.depth - last_blocks), backbone.depth)
+        seen = backbone.intermediate(images, list(blocks), norm=True)
+        patch_tokens, cls = seen[-1]
+        tokens = torch.stack([cls for _, cls in seen], dim=1)
+    else:
+        output = backbone(images)
+        patch_tokens, cls, tokens = output.patches, output.cls, None
+    patch_tokens = patch_tokens.float()
+    return FeatureBatch(
+        batch=batch,
+        pooled=_kept(_pool(cls.float(), patch_tokens, pool)),
+        patches=_kept(patch_tokens) if patches else None,
+        class_tokens=tokens.float().cpu() if tokens is not None else None,
+        averaged_patches=patch_tokens.mean(dim=1).cpu() if tokens is not None else None,
+    )
+
+
 @contextmanager
 def stream_features(
-    backbone: VisionTransformer,
+    backbone: VisionTransformer | Descriptor,
     source: ImageSource,
     ranges: Sequence[tuple[int, int]],
     *,
@@ -150,7 +173,10 @@ def stream_features(
     What the block raises is raised by all ranks. Raises what `extract` raises, and InputError for too many unreadable.
     """
     mine = ranks.share(ranges)
-    readings = read_ranges(source, mine, resize=preprocess.resize, crop=preprocess.crop, workers=workers)
+    if preprocess.square:
+        readings = read_squares(source, mine, side=preprocess.crop, workers=workers)
+    else:
+        readings = read_ranges(source, mine, resize=preprocess.resize, crop=preprocess.crop, workers=workers)
     own = _dealt(backbone, readings, preprocess=preprocess, **what)
     with ranks.gather(own, len(ranges)) as results:
         yield _counted(results, BadImages() if bad is None else bad, len(source))
@@ -159,7 +185,7 @@ def stream_features(
 _Dealt = tuple[list[tuple[str, str]], FeatureBatch[Batch] | None]
 
 
-def _dealt(backbone: VisionTransformer, readings: Iterator[Reading], **what: Any) -> Iterator[_Dealt]:
+def _dealt(backbone: VisionTransformer | Descriptor, readings: Iterator[Reading], **what: Any) -> Iterator[_Dealt]:
     """What a rank sends for each of its ranges: the failures, and the features where there was an image at all."""
     for found in readings:
         features = None

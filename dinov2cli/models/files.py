@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -64,7 +65,8 @@ def read_pth(file: Path, *, shapes_only: bool = False) -> dict[str, Any]:
             f"{file} is no plain weights file: it is damaged or holds Python objects, which are never loaded; "
             "save its state_dict() alone"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    # A file that is no pickle at all may trip its reader anywhere.
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{file} cannot be read as a .pth file ({reason}): fetch or save it again") from None
     if not isinstance(checkpoint, dict):

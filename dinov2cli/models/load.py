@@ -1,4 +1,4 @@
-"""Opens a backbone from any MODEL: run, Hugging Face directory or hub name, official `.pth`, timm directory, name."""
+"""Opens any MODEL: run, Hugging Face directory or hub name, official `.pth`, timm directory, name, descriptor file."""
 
 import logging
 import re
@@ -13,6 +13,7 @@ import torch
 from dinov2cli.artifacts.manifest import has_manifest, require_kind
 from dinov2cli.artifacts.output import file_sha256
 from dinov2cli.errors import InputError, UserError
+from dinov2cli.models.descriptors import Descriptor, open_descriptor, parse_descriptor
 from dinov2cli.models.files import read_json, read_pth, read_safetensors, read_weights, weight_files
 from dinov2cli.models.preprocess import Preprocess, default_preprocess, read_preprocess
 from dinov2cli.models.registry import ARCHITECTURES, build, parse_architecture, suggest
@@ -33,22 +34,33 @@ _HF_TYPES = ("dinov2", "dinov2_with_registers")
 _HUB_NAME = re.compile(r"(?:hf:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _WEIGHT_FILES = (".pth", ".pt", ".safetensors")
 T = TypeVar("T")
-_NOT_YET = ("sscd", "onnx", "transformers")
 
 
 @dataclass
 class LoadedModel:
-    """A backbone ready for features.
+    """A model ready for features.
 
-    `backbone` is in eval mode; `fingerprint` tells two models apart ({"file", "sha256"} or {"arch", "seed"});
-    `random` is true when no weights were read.
+    `network` is in eval mode; `fingerprint` tells two models apart ({"file", "sha256"} or {"arch", "seed"});
+    `random` is true when no weights were read; `copy_detection` when its similarities are made for finding copies, so
+    that the published thresholds hold.
     """
 
-    backbone: VisionTransformer
+    network: VisionTransformer | Descriptor
     name: str
     preprocess: Preprocess
     random: bool
     fingerprint: dict[str, Any]
+    copy_detection: bool = False
+
+    @property
+    def backbone(self) -> VisionTransformer:
+        """The network, where it is a backbone; UserError for a descriptor, which has no tokens."""
+        if isinstance(self.network, Descriptor):
+            raise UserError(
+                f"model {self.name} gives one vector per image and has no tokens; expected a backbone here: "
+                "sscd: and onnx: files serve `dinov2 embed` and `dinov2 dedup`"
+            )
+        return self.network
 
 
 def load_model(
@@ -63,6 +75,13 @@ def load_model(
     does not divide.
     """
     spec = str(spec)
+    described = parse_descriptor(spec)
+    if described is not None:
+        opened = open_descriptor(described, img_size=img_size)
+        opened.network.to(device if torch.device(device).type != "meta" else "cpu")
+        return LoadedModel(
+            opened.network, opened.name, opened.preprocess, False, opened.fingerprint, opened.copy_detection
+        )
     path = Path(spec).expanduser()
     meta = torch.device(device).type == "meta"
     if path.is_dir():
@@ -198,9 +217,6 @@ def _load_file(path: Path, meta: bool) -> LoadedModel:
 
 def _load_hub(spec: str, path: Path, meta: bool) -> LoadedModel:
     """A model on the hub, by `owner/name` or `owner/name@revision`; else the error for an unknown MODEL."""
-    scheme = spec.partition(":")[0]
-    if scheme in _NOT_YET and ":" in spec:
-        raise InputError(f"model {spec!r}: this version does not open {scheme}: models; give a run or a .pth")
     match = _HUB_NAME.fullmatch(spec)
     # A name below an existing folder, or ending as a weights file, is a mistyped path rather than a hub name.
     if match is None or (path.parent != Path(".") and path.parent.is_dir()) or path.suffix in _WEIGHT_FILES:

@@ -20,13 +20,17 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Shorter side to `resize` pixels by `interpolation`, centre crop of `crop` pixels, then (x / 255 - mean) / std."""
+    """Shorter side to `resize` pixels by `interpolation`, centre crop of `crop` pixels, then (x / 255 - mean) / std.
+
+    With `square` both sides are brought to `crop` pixels instead, whatever the aspect, and nothing is cut off.
+    """
 
     resize: int = 256
     crop: int = 224
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
+    square: bool = False
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 crops [B, C, h, w] to the float32 the backbone takes, on the same device."""

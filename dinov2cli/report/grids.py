@@ -144,6 +144,16 @@ class DuplicatePair:
 
 def duplicate_pairs(pairs: Sequence[DuplicatePair], *, pairs_per_row: int = 3, size: int = 130) -> str:
     """Kept image and dropped copy side by side, several pairs to a row, with reason and similarity."""
+
+    def similarity(pair: DuplicatePair) -> str:
+        return "" if pair.similarity is None else f"similarity {pair.similarity:.3f}"
+
+    cells = [(Cell(p.kept, ["kept", similarity(p)]), Cell(p.dropped, ["dropped", p.reason])) for p in pairs]
+    return pair_grid(cells, pairs_per_row=pairs_per_row, size=size)
+
+
+def pair_grid(pairs: Sequence[tuple[Cell, Cell]], *, pairs_per_row: int = 3, size: int = 130) -> str:
+    """Two images side by side, several pairs to a row; captions of up to two lines. ValueError without any pair."""
     if not pairs:
         raise ValueError("there is no pair to show")
     per_row = min(pairs_per_row, len(pairs))
@@ -151,12 +161,10 @@ def duplicate_pairs(pairs: Sequence[DuplicatePair], *, pairs_per_row: int = 3, s
     width = per_row * (2 * size + inner + outer) - outer
     block = size + 2 * _LINE + 16
     parts = []
-    for number, pair in enumerate(pairs):
+    for number, (left, right) in enumerate(pairs):
         x = (number % per_row) * (2 * size + inner + outer)
         y = (number // per_row) * block
-        similarity = "" if pair.similarity is None else f"similarity {pair.similarity:.3f}"
-        parts.append(_cell(Cell(pair.kept, ["kept", similarity]), x, y, size))
-        parts.append(_cell(Cell(pair.dropped, ["dropped", pair.reason]), x + size + inner, y, size))
+        parts += [_cell(left, x, y, size), _cell(right, x + size + inner, y, size)]
     height = -(-len(pairs) // per_row) * block - 8
     return themed(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '

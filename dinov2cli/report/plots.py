@@ -1,17 +1,13 @@
 """Charts as SVG text, drawn with matplotlib (imported on first use, no display, no global state)."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dinov2cli.report.palette import LIGHT, themed
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from dinov2cli.report.canvas import INCHES, heading, new_figure, svg
+from dinov2cli.report.palette import LIGHT
 
 LOSS_NAMES = {
     "loss/total": "Total loss",
@@ -22,45 +18,11 @@ LOSS_NAMES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
 }
-_INCHES = 9.4  # figure width; the page shows 72 points an inch, so about 900 CSS pixels
 _SMOOTH_FROM = 60  # points; shorter curves are shown as they are
 _POINTS = 3000  # more than a chart has pixels; longer curves are averaged in groups
 
 # (value, low, high)
 Estimate = tuple[float, float, float]
-
-
-def _figure(rows: int, columns: int, height: float, width: float = _INCHES) -> "tuple[Figure, list[Axes]]":
-    """An empty figure with plain axes: no box, light horizontal rules."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axis.spines[side].set_color(LIGHT["rule"])
-        axis.tick_params(colors=LIGHT["muted"], labelsize=9, length=0)
-        axis.grid(axis="y", color=LIGHT["rule"], linewidth=0.7)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _title(axis: "Axes", text: str) -> None:
-    axis.set_title(text, loc="left", fontsize=10, color=LIGHT["ink"], pad=6)
-
-
-def _svg(figure: "Figure") -> str:
-    """The figure as themed SVG text, the same bytes for the same data."""
-    import matplotlib
-
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "dinov2", "font.family": "sans-serif"}
-    with matplotlib.rc_context(settings):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return themed(text[text.index("<svg") :])
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -99,7 +61,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None
         raise ValueError(f"no finite value of {', '.join(keys)} in {len(rows)} rows of metrics")
     columns = 4 if len(curves) in (4, 7, 8) else min(3, len(curves))
     lines = math.ceil(len(curves) / columns)
-    figure, axes = _figure(lines, columns, (1.7 if columns == 4 else 2.0) * lines, _INCHES * min(1, columns / 3))
+    figure, axes = new_figure(lines, columns, (1.7 if columns == 4 else 2.0) * lines, INCHES * min(1, columns / 3))
     for axis, (key, steps, values) in zip(axes, curves, strict=False):
         long = len(values) >= _SMOOTH_FROM and key != "lr"
         # One point makes no line: a run that has just begun shows it as a dot.
@@ -108,7 +70,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None
         axis.plot(steps, values, color=colour, linewidth=0.8 if long else 1.6, marker=marker, markersize=4)
         if long:
             axis.plot(steps, smooth(values), color=LIGHT["accent"], linewidth=1.6)
-        _title(axis, LOSS_NAMES.get(key, key))
+        heading(axis, LOSS_NAMES.get(key, key))
         axis.margins(x=0.01)
         axis.locator_params(axis="both", nbins=4)
         if key == "lr":
@@ -117,7 +79,7 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None
         axis.set_visible(False)
     for axis in axes[max(0, len(curves) - columns) : len(curves)]:
         axis.set_xlabel("step", fontsize=9, color=LIGHT["muted"])
-    return _svg(figure)
+    return svg(figure)
 
 
 def comparison_bars(
@@ -133,7 +95,7 @@ def comparison_bars(
     count = len(series)
     thick = 0.8 / count
     colours = [LIGHT["soft"]] * (count - 1) + [LIGHT["accent"]]
-    figure, (axis,) = _figure(1, 1, 0.75 + 0.27 * len(names) * (count + 0.6))
+    figure, (axis,) = new_figure(1, 1, 0.75 + 0.27 * len(names) * (count + 0.6))
     axis.grid(visible=False, axis="y")
     axis.grid(axis="x", color=LIGHT["rule"], linewidth=0.7)
     for index, (label, values) in enumerate(series.items()):
@@ -161,7 +123,7 @@ def comparison_bars(
         labelcolor=LIGHT["ink"],
         handlelength=1.4,
     )
-    return _svg(figure)
+    return svg(figure)
 
 
 def cluster_sizes(sizes: Sequence[int] | np.ndarray, *, unit: str = "clusters") -> str:
@@ -176,7 +138,7 @@ def cluster_sizes(sizes: Sequence[int] | np.ndarray, *, unit: str = "clusters") 
     wide = high > 30 * low
     whole = np.arange(low, high + 2) - 0.5
     bins = np.geomspace(low, high * 1.001, 25) if wide else whole if len(whole) <= 41 else np.linspace(low, high, 31)
-    figure, (axis,) = _figure(1, 1, 2.3, 6.4)
+    figure, (axis,) = new_figure(1, 1, 2.3, 6.4)
     axis.hist(values, bins=bins.tolist(), color=LIGHT["accent"], rwidth=0.92)
     if wide:
         axis.set_xscale("log")
@@ -185,33 +147,37 @@ def cluster_sizes(sizes: Sequence[int] | np.ndarray, *, unit: str = "clusters") 
         axis.set_xticks(np.arange(low, high + 1))
     axis.minorticks_off()
     axis.set_xlabel("images in it", fontsize=9, color=LIGHT["muted"])
-    _title(axis, f"Number of {unit} by size: {len(values):,} {unit}, median {np.median(values):,.0f} images")
+    heading(axis, f"Number of {unit} by size: {len(values):,} {unit}, median {np.median(values):,.0f} images")
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    return _svg(figure)
+    return svg(figure)
 
 
-def similarity_histogram(similarities: Sequence[float] | np.ndarray, threshold: float) -> str:
-    """Histogram of cosine similarities (logarithmic counts) with everything from the threshold up in another colour."""
-    values = np.asarray(similarities, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    if not len(values):
+def similarity_histogram(
+    counts: Sequence[int] | np.ndarray, edges: Sequence[float] | np.ndarray, threshold: float, gap: float | None = None
+) -> str:
+    """Counts [B] of cosines between edges [B + 1], on a logarithmic scale.
+
+    What lies above the threshold has another colour, the `gap` a dotted line. ValueError where all counts are 0.
+    """
+    heights, bounds = np.asarray(counts), np.asarray(edges, dtype=np.float64)
+    filled = np.flatnonzero(heights)
+    if not len(filled):
         raise ValueError("there is no similarity to show")
-    low, high = min(values.min(), threshold), max(values.max(), threshold)
-    width = max(high - low, 1e-3) / 48
-    # Bins meet at the threshold, so that no bar is half above it.
-    left = threshold - width * np.arange(math.ceil((threshold - low) / width), -1, -1)
-    right = threshold + width * np.arange(1, math.ceil((high - threshold) / width) + 2)
-    figure, (axis,) = _figure(1, 1, 2.4, 6.4)
-    counts, edges = np.histogram(values, bins=np.concatenate([left, right]))
-    above = edges[:-1] >= threshold - width / 2
+    first = min(filled[0], int(np.searchsorted(bounds, threshold)) - 1)
+    heights, bounds = heights[max(0, first) :], bounds[max(0, first) :]
+    width = np.diff(bounds)
+    figure, (axis,) = new_figure(1, 1, 2.4, 6.4)
+    above = bounds[:-1] + width / 2 > threshold
     for chosen, colour in ((~above, LIGHT["soft"]), (above, LIGHT["accent"])):
-        axis.bar(edges[:-1][chosen], counts[chosen], width=width * 0.92, align="edge", color=colour)
+        axis.bar(bounds[:-1][chosen], heights[chosen], width=width[chosen] * 0.92, align="edge", color=colour)
     axis.set_yscale("log")
-    axis.set_ylim(0.7, max(counts.max() * 2, 2))
+    axis.set_ylim(0.7, max(heights.max() * 2, 2))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.minorticks_off()
     axis.axvline(threshold, color=LIGHT["warm"], linewidth=1.3)
-    axis.set_xlabel("cosine similarity", fontsize=9, color=LIGHT["muted"])
-    share = np.mean(values >= threshold)
-    _title(axis, f"{np.sum(values >= threshold):,} of {len(values):,} ({share:.1%}) at or above {threshold:.2f}")
-    return _svg(figure)
+    if gap is not None:
+        axis.axvline(gap, color=LIGHT["muted"], linewidth=1.3, linestyle=":")
+    axis.set_xlabel("cosine to the nearest other image", fontsize=9, color=LIGHT["muted"])
+    total, over = heights.sum(), heights[above].sum()
+    heading(axis, f"{over:,} of {total:,} ({over / total:.1%}) above {threshold:.2f}")
+    return svg(figure)

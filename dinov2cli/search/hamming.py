@@ -1,60 +1,102 @@
 """Pairs of images whose perceptual hashes differ in few bits, in any of 8 orientations."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from dinov2cli.distributed import ALONE, Ranks
-from dinov2cli.search.blocks import Progress, over_blocks
+from dinov2cli.search.bits import BITS, BitIndex, bit_index
+from dinov2cli.search.blocks import Arrays, Progress, Store, kept, over_blocks
 from dinov2cli.search.edges import Edges, join_edges, make_edges
-from dinov2cli.search.hashing import HASH_BYTES, ORIENTATIONS, THUMB, VIEWS, PerceptualHash, Uint8, oriented
+from dinov2cli.search.hashing import (
+    FRAMED,
+    HASH_BYTES,
+    INNER,
+    ORIENTATIONS,
+    THUMB,
+    WHOLE,
+    PerceptualHash,
+    Uint8,
+    turn_bits,
+)
+from dinov2cli.search.lookalike import agreement
 from dinov2cli.search.vectors import Float32, Int64
 
-BITS = 8 * HASH_BYTES
-RADIUS = 31
-"""Bits of 256 that may differ: what PDQ recommends, and the most for which the lookup below misses nothing."""
+RADIUS = 44
+"""Bits of 256 that may differ. Copies that were only saved again or resized differ in up to 12, those that were drawn
+over in 20 to 50; two photographs in 90 to 160."""
+
+SURE_RADIUS = 31
+"""Up to here copies are many and chance matches few (PDQ recommends it); beyond, pictures must look more alike."""
 
 MIN_CORRELATION = 0.92
-"""Of 8 x 8 colour thumbnails: copies lie above 0.97 but for one in a hundred, chance matches mostly below."""
+"""Of 12 x 12 colour thumbnails within SURE_RADIUS; of two whole images that each have a picture inside, see below."""
 
-_GREY = 4  # largest difference of channels in a grey image, in grey levels
-_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-_FLAT_BELOW = 200_000
-_TABLES = 16
+MIN_CORRELATION_BEYOND = 0.95
+"""Where one of the two shows a picture without any frame; others must be within SURE_RADIUS."""
+
+MIN_CORRELATION_OF_PAGES = 0.96
+"""Two pages of one layout are not copies: they must be more alike than two photographs."""
+
 _QUERY_ROWS = 8192
+_TWIN_BITS = 16
+_TWIN_LEVELS = 6.0
 
 
 @dataclass(frozen=True)
 class HashTable:
-    """Hashes of N images: bits [N, 2, 8, 32] uint8, valid [N, 2] bool, thumbs [N, 2, 8, 8, 3] uint8.
+    """Hashes of `rows` images, view by view: owner [V] int64 (rising); kind [V], bits [V, 32], thumbs [V, 12, 12, 3].
 
-    See `PerceptualHash`; 900 bytes an image.
+    See `PerceptualHash`; 473 bytes a view, and most images have one.
     """
 
+    rows: int
+    owner: Int64
+    kind: Uint8
     bits: Uint8
-    valid: npt.NDArray[np.bool_]
     thumbs: Uint8
 
     def __len__(self) -> int:
-        return int(self.valid.shape[0])
+        return self.rows
+
+    def views(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> "HashTable":
+        """Some views, of the same images."""
+        return HashTable(self.rows, self.owner[index], self.kind[index], self.bits[index], self.thumbs[index])
+
+    def digest(self) -> str:
+        """SHA-256 of the hashes and whose they are, in hex: another table has another one."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.owner).data)
+        digest.update(np.ascontiguousarray(self.bits).data)
+        return digest.hexdigest()
+
+    @property
+    def whole(self) -> npt.NDArray[np.bool_]:
+        """Which views are whole images, [V]."""
+        return self.kind != INNER
 
 
 def stack_hashes(hashes: Sequence[PerceptualHash | None]) -> HashTable:
     """Hashes of many images as one table; None (an unreadable image) is a row that matches nothing."""
-    bits = np.zeros((len(hashes), VIEWS, ORIENTATIONS, HASH_BYTES), dtype=np.uint8)
-    valid = np.zeros((len(hashes), VIEWS), dtype=bool)
-    thumbs = np.zeros((len(hashes), VIEWS, THUMB, THUMB, 3), dtype=np.uint8)
-    for row, one in enumerate(hashes):
-        if one is not None:
-            bits[row], valid[row], thumbs[row] = one.bits, one.valid, one.thumbs
-    return HashTable(bits, valid, thumbs)
+    counts = [0 if one is None else len(one) for one in hashes]
+    owner = np.repeat(np.arange(len(hashes), dtype=np.int64), counts)
+    some = [one for one in hashes if one is not None]
+    kind = [np.zeros(0, np.uint8), *(one.kind for one in some)]
+    bits = [np.zeros((0, HASH_BYTES), np.uint8), *(one.bits for one in some)]
+    thumbs = [np.zeros((0, THUMB, THUMB, 3), np.uint8), *(one.thumbs for one in some)]
+    return HashTable(len(hashes), owner, np.concatenate(kind), np.concatenate(bits), np.concatenate(thumbs))
 
 
 def hash_edges(
-    table: HashTable, *, radius: int = RADIUS, progress: Progress | None = None, ranks: Ranks = ALONE
+    table: HashTable,
+    *,
+    radius: int = RADIUS,
+    progress: Progress | None = None,
+    store: Store | None = None,
+    ranks: Ranks = ALONE,
 ) -> Edges:
     """Pairs of images one of whose views, in some orientation, is within `radius` bits of a view of the other, and
     whose thumbnails agree there.
@@ -64,11 +106,10 @@ def hash_edges(
     thousand copies make a thousand edges, not half a million. The ranks share the search, and all get all edges.
     """
     first, star = _identical(table)
-    ones = np.flatnonzero(first == np.arange(len(table)))
-    small = HashTable(table.bits[ones], table.valid[ones], table.thumbs[ones])
+    small = table.views(first == np.arange(len(first)))
     parts = [star]
-    for a, b, bits in _matches(small, small, radius, progress, ranks):
-        parts.append(make_edges(ones[a], ones[b], 1 - bits / BITS))
+    for a, b, bits in _matches(small, small, radius, progress, store, ranks):
+        parts.append(make_edges(a, b, 1 - bits / BITS))
     return join_edges(parts)
 
 
@@ -78,6 +119,7 @@ def best_hash_match(
     *,
     radius: int = RADIUS,
     progress: Progress | None = None,
+    store: Store | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Float32, Int64]:
     """For every image the reference image with the nearest hash: similarity [N], row [N].
@@ -86,7 +128,7 @@ def best_hash_match(
     """
     similarity = np.full(len(table), -np.inf, dtype=np.float32)
     row = np.full(len(table), -1, dtype=np.int64)
-    for a, b, bits in _matches(table, reference, radius, progress, ranks):
+    for a, b, bits in _matches(table, reference, radius, progress, store, ranks):
         order = np.lexsort((b, bits, a))
         who, where = np.unique(a[order], return_index=True)
         value = (1 - bits[order][where] / BITS).astype(np.float32)
@@ -96,76 +138,85 @@ def best_hash_match(
     return similarity, row
 
 
+def near_twins(table: HashTable, reference: HashTable, *, itself: bool) -> tuple[Int64, Int64]:
+    """Pairs (row of table, row of reference) of whole images that may be decoded from the same pixels, as they are:
+    hashes within 16 bits, thumbnails within a few grey levels. With `itself` the two tables are one."""
+    ours = table.views(table.whole)
+    theirs = reference.views(reference.whole)
+    if not len(ours.owner) or not len(theirs.owner):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    index = bit_index(theirs.bits)
+    rows, found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for start in range(0, len(ours.owner), _QUERY_ROWS):
+        bits = ours.bits[start : start + _QUERY_ROWS]
+        one, _, other, _ = _within(index, bits, _TWIN_BITS, orientations=1)
+        one += start
+        near = ours.owner[one] != theirs.owner[other] if itself else np.ones(len(one), bool)
+        one, other = one[near], other[near]
+        differ = np.abs(ours.thumbs[one].astype(np.int16) - theirs.thumbs[other]).mean(axis=(1, 2, 3))
+        rows.append(ours.owner[one[differ <= _TWIN_LEVELS]])
+        found.append(theirs.owner[other[differ <= _TWIN_LEVELS]])
+    return np.concatenate(rows), np.concatenate(found)
+
+
 def _identical(table: HashTable) -> tuple[Int64, Edges]:
-    """For every row the first row with the same hash of the whole image, and the edges from it to the others."""
-    rows = np.arange(len(table), dtype=np.int64)
-    first = rows.copy()
-    valid = np.flatnonzero(table.valid[:, 0])
-    if len(valid):
-        keys = table.bits[valid, 0, 0].view(f"V{HASH_BYTES}").ravel()
-        _, where, back = np.unique(keys, return_index=True, return_inverse=True)
-        first[valid] = valid[where][back]
-    copies = np.flatnonzero(first != rows)
-    same = _look_alike(table.thumbs[copies, 0], table.thumbs[first[copies], 0], np.zeros(len(copies), np.int64))
+    """For every view the first view with the same hash, and the edges from its image to those of the others."""
+    views = np.arange(len(table.owner), dtype=np.int64)
+    if not len(views):
+        return views, make_edges([], [], [])
+    keys = table.bits.view(f"V{HASH_BYTES}").ravel()
+    _, where, back = np.unique(keys, return_index=True, return_inverse=True)
+    first = where[back]
+    copies = np.flatnonzero(first != views)
+    same = _look_alike(table, copies, table, first[copies], *np.zeros((2, len(copies)), np.int64))
     first[copies[~same]] = copies[~same]
     copies = copies[same]
-    return first, make_edges(first[copies], copies, np.ones(len(copies)))
+    return first, make_edges(table.owner[first[copies]], table.owner[copies], np.ones(len(copies)))
 
 
 def _matches(
-    table: HashTable, reference: HashTable, radius: int, progress: Progress | None, ranks: Ranks
+    table: HashTable,
+    reference: HashTable,
+    radius: int,
+    progress: Progress | None,
+    store: Store | None,
+    ranks: Ranks,
 ) -> Iterator[tuple[Int64, Int64, Float32]]:
     """Yields (row of table [M], row of reference [M], differing bits [M]) by blocks of queries, on every rank."""
-    owner, view = np.nonzero(reference.valid)
-    query_owner, query_view = np.nonzero(table.valid)
-    if not len(owner) or not len(query_owner):
+    if not len(table.owner) or not len(reference.owner):
         return
-    index = _binary_index(np.ascontiguousarray(reference.bits[owner, view, 0]), radius)
+    index = bit_index(reference.bits)
     step = max(1, _QUERY_ROWS // ORIENTATIONS)
 
-    def search(start: int) -> tuple[Int64, Int64, Float32]:
-        who, seen = query_owner[start : start + step], query_view[start : start + step]
-        queries = table.bits[who, seen].reshape(-1, HASH_BYTES)
-        # Faiss takes the radius as exclusive.
-        limits, bits, found = index.range_search(np.ascontiguousarray(queries), radius + 1)
-        limits = np.asarray(limits, dtype=np.int64)
-        query = np.repeat(np.arange(len(queries)), limits[1:] - limits[:-1])
-        one, orientation = np.divmod(query, ORIENTATIONS)
-        alike = _look_alike(table.thumbs[who[one], seen[one]], reference.thumbs[owner[found], view[found]], orientation)
-        return who[one][alike], owner[found][alike], np.asarray(bits, dtype=np.float32)[alike]
+    def search(start: int) -> Arrays:
+        one, orientation, found, bits = _within(index, table.bits[start : start + step], radius)
+        one += start
+        alike = _look_alike(table, one, reference, found, orientation, bits)
+        return {"row": table.owner[one][alike], "found": reference.owner[found][alike], "bits": bits[alike]}
 
-    yield from over_blocks(search, len(query_owner), step, progress=progress, ranks=ranks)
+    key = {"radius": radius, "block": step, "queries": table.digest(), "base": reference.digest(), "version": 1}
+    stage = store.stage("hashes", key) if store else None
+    for block in over_blocks(kept(search, stage), len(table.owner), step, progress=progress, ranks=ranks):
+        yield tuple(np.asarray(block[name]) for name in ("row", "found", "bits"))  # type: ignore[misc]
 
 
-def _look_alike(a: Uint8, b: Uint8, orientation: Int64) -> npt.NDArray[np.bool_]:
-    """Whether thumbnails a [M, S, S, 3], each in its orientation, and b [M, S, S, 3] correlate.
-
-    Brightness and contrast may differ, and where one of the two has no colour the other's does not count.
-    """
-    first = np.empty(a.shape, dtype=np.float32)
-    for number in range(ORIENTATIONS):
-        here = orientation == number
-        first[here] = oriented(a[here], number)
-    second = b.astype(np.float32)
-    grey = (np.ptp(first, axis=3).max(axis=(1, 2)) <= _GREY) | (np.ptp(second, axis=3).max(axis=(1, 2)) <= _GREY)
-    for thumbs in (first, second):
-        thumbs[grey] = (thumbs[grey] @ _LUMINANCE)[..., None]
-    first -= first.mean(axis=(1, 2), keepdims=True)
-    second -= second.mean(axis=(1, 2), keepdims=True)
-    product = np.einsum("mijc,mijc->m", first, second)
-    scale = np.einsum("mijc,mijc->m", first, first) * np.einsum("mijc,mijc->m", second, second)
-    return product > MIN_CORRELATION * np.sqrt(scale)
+def _within(
+    index: BitIndex, bits: Uint8, radius: int, orientations: int = ORIENTATIONS
+) -> tuple[Int64, Int64, Int64, Int64]:
+    """(query, orientation, row, differing bits) of all pairs within a radius."""
+    queries = np.stack([turn_bits(bits, o) for o in range(orientations)], axis=1).reshape(-1, HASH_BYTES)
+    query, found, differ = index.within(queries, radius)
+    one, orientation = np.divmod(query, orientations)
+    return one, orientation, found, differ
 
 
-def _binary_index(bits: Uint8, radius: int) -> "faiss.IndexBinary":
-    index: faiss.IndexBinary
-    if len(bits) < _FLAT_BELOW:
-        index = faiss.IndexBinaryFlat(BITS)
-    else:
-        # 16 tables of 16 bits: two hashes within 31 bits agree in some table up to one bit (pigeonhole), so looking
-        # into every bucket one flip away misses nothing; each further flip per table covers 16 bits more.
-        tables = faiss.IndexBinaryMultiHash(BITS, _TABLES, BITS // _TABLES)
-        tables.nflip = radius // _TABLES
-        index = tables
-    index.add(bits)
-    return index
+def _look_alike(
+    table: HashTable, one: Int64, reference: HashTable, found: Int64, orientation: Int64, bits: npt.NDArray[Any]
+) -> npt.NDArray[np.bool_]:
+    """Whether views `one` [M] of table, in an orientation each, and `found` [M] of reference agree to the eye."""
+    whole, drawn = agreement(table.thumbs[one], reference.thumbs[found], orientation)
+    sure = bits <= SURE_RADIUS
+    pages = (table.kind[one] == FRAMED) & (reference.kind[found] == FRAMED)
+    plain = (table.kind[one] == WHOLE) | (reference.kind[found] == WHOLE)
+    least = np.where(pages, MIN_CORRELATION_OF_PAGES, np.where(sure, MIN_CORRELATION, MIN_CORRELATION_BEYOND))
+    return np.asarray((whole > least) & (drawn > least) & (sure | plain))

@@ -1,158 +1,195 @@
-"""k-means on Faiss: fitted on a sample, then one streaming pass that assigns every row."""
+"""k-means of rows that need not fit in memory: Lloyd's iterations over a sample, or over all rows."""
 
 from dataclasses import dataclass
+from functools import partial
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
-from dinov2cli.search.blocks import Progress, over_blocks
-from dinov2cli.search.vectors import Float32, Int64, Vectors, as_vectors, sample_rows
+from dinov2cli.search.assignment import (
+    Assignment,
+    KMeans,
+    assign,
+    closest_in_cluster,
+    means_of,
+    rank_in_group,
+)
+from dinov2cli.search.blocks import Progress, Stage, Store
+from dinov2cli.search.lloyd import EIGHTHS, Passes, Rows, moved_centroids, power_above, room_for
+from dinov2cli.search.seeding import spread_centroids, start_centroids
+from dinov2cli.search.threads import Threads
+from dinov2cli.search.vectors import Float32, SubsetVectors, Vectors, as_vectors, sample_rows
+
+__all__ = [
+    "POINTS_PER_CENTROID",
+    "Assignment",
+    "KMeans",
+    "assign",
+    "closest_in_cluster",
+    "fit_kmeans",
+    "means_of",
+    "rank_in_group",
+    "spread_centroids",
+]
 
 POINTS_PER_CENTROID = 256
 """Sample size per centroid: more points move the centroids no more than another seed does (Faiss's own default)."""
 
+_NESTED_FROM = 16
+"""Rows per centroid that the smallest nested sample must have on average."""
 
-@dataclass(frozen=True)
-class KMeans:
-    """Fitted centroids [K, D]; `spherical` ones have unit length and are compared by cosine, others by distance.
-
-    `inertia` is the mean squared distance of the fitted sample to its centroids.
-    """
-
-    centroids: Float32
-    spherical: bool
-    inertia: float
-    sample: int
-
-    @property
-    def k(self) -> int:
-        return int(self.centroids.shape[0])
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The centroid of every row: label [N], and the squared distance [N] to it."""
-
-    label: Int64
-    distance: Float32
-
-    def sizes(self, k: int) -> Int64:
-        """Rows per centroid, [k]; zero for a centroid nobody is nearest to."""
-        return np.bincount(self.label, minlength=k).astype(np.int64)
+_SHORT = 4e11
+"""Products of a fit that starts over when it is interrupted: seconds per iteration."""
 
 
 def fit_kmeans(
     vectors: Vectors | npt.NDArray[np.floating],
     k: int,
     *,
+    fit: str | float = "sample",
     iterations: int = 20,
+    tolerance: float = 0.0,
+    nested: bool = True,
     spherical: bool = True,
     seed: int = 0,
     init: str = "random",
+    starts: int = 1,
     points_per_centroid: int = POINTS_PER_CENTROID,
+    device: str | None = None,
+    memory: int | None = None,
+    store: Store | None = None,
+    name: str = "kmeans",
+    progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> KMeans:
-    """Lloyd's k-means on at most k x points_per_centroid rows.
+    """Lloyd's k-means (float32 products, exact float64 sums).
 
-    spherical: rows and centroids of unit length (cosine), for features of a network. A cluster that empties gets
-    half of a large one (Faiss's rule). init: `random` rows, which after ten iterations reach the same inertia as
-    k-means++ at a fifth of its cost; or `spread` (see `spread_centroids`), which also reaches the thinly
-    populated regions that random rows miss. Memory: the sample and the centroids. Deterministic by seed; under a
-    launch the main process fits, and all get its centroids. Raises UserError where there are fewer rows than clusters.
+    fit: `sample` runs over at most k x points_per_centroid rows, `full` over all, a number in (0, 1] over that share.
+    iterations: at most that many; they end when no centroid moves, or when the inertia falls by less than the share
+    `tolerance`. nested: of T iterations the first 0.6 T run over an eighth of the rows, then 0.3 T over a quarter,
+    0.2 T over half, and 0.2 T over all, which costs 0.45 T passes; eighths with fewer than 16 rows per
+    centroid are left out. spherical: rows and centroids of unit length (cosine), for features of a network. init:
+    see `start_centroids`; of several `starts` the fit of least inertia is taken. A cluster that empties gets half of
+    a large one.
+
+    memory: bytes that the process stays below; rows are kept as float32 where they fit and else read again at each
+    iteration. device: torch's name of where to compute; default the CPU. With `store` a stopped fit continues at its
+    last iteration (`name` tells several fits of a run apart), one of seconds starts over. The result is the same,
+    bit for bit, for any number of ranks. Raises UserError for fewer rows than clusters, InputError for rows that are
+    not finite.
     """
     source = as_vectors(vectors, unit=spherical)
+    _check(source, k, fit, iterations)
+    size = _fit_rows(source.rows, k, fit, points_per_centroid)
+    sampled = size < source.rows
+    if sampled:
+        source = SubsetVectors(source, sample_rows(source.rows, size, seed))
+    if k == size:
+        return KMeans(source.block(0, k), spherical, 0.0, k, converged=True)  # every row its own centroid
+    where = str(device or "cpu")
+    threads = Threads(where)
+    room = room_for(size, source.dim, k, memory, per_row=8 if sampled else 0, threads=threads.count)
+    short = float(size) * k * source.dim <= _SHORT and room.keep
+    plan = _passes(size, k, iterations, nested)
+    key = {"rows": size, "dim": source.dim, "k": k, "plan": plan, "tolerance": tolerance, "spherical": spherical}
+    key |= {"init": init, "block": room.block, "short": short}
+    limit = (memory or 3 << 30) // (48 * source.dim)  # a quarter of the memory, with copies
+    rows = Rows(source, room, seed=seed, device=where)
+    best: KMeans | None = None
+    for one in range(max(1, starts)):
+        draw = seed + 1_000_003 * one
+        start = ranks.first(partial(start_centroids, source, k, init, draw, limit=limit))
+        stage = None if store is None or short else store.stage(name, key | {"seed": draw})
+        passes = Passes(rows, spherical, 1.0 if spherical else power_above(start), ranks, short, threads)
+        found = _Fitting(passes, plan, tolerance, stage, progress).run(start)
+        best = found if best is None or found.inertia < best.inertia else best
+    assert best is not None
+    return best
+
+
+def _check(source: Vectors, k: int, fit: str | float, iterations: int) -> None:
     if not 1 <= k <= source.rows:
         raise UserError(
             f"k-means: {k} clusters asked of {source.rows} rows; expected between 1 and the number of rows; "
             "ask for fewer clusters"
         )
-
-    def fit() -> KMeans:
-        sample = source.gather(sample_rows(source.rows, k * points_per_centroid, seed))
-        if k == len(sample):
-            return KMeans(sample, spherical, 0.0, k)  # every row its own centroid; Faiss would warn and copy as well
-        clustering = faiss.Kmeans(
-            source.dim,
-            k,
-            niter=iterations,
-            seed=seed + 1,
-            spherical=spherical,
-            min_points_per_centroid=1,
-            max_points_per_centroid=points_per_centroid,
-        )
-        start = spread_centroids(sample, k, seed) if init == "spread" else None
-        clustering.train(sample, init_centroids=start)
-        centroids = np.asarray(clustering.centroids, dtype=np.float32).copy()
-        inertia = float(assign(sample, KMeans(centroids, spherical, 0.0, 0)).distance.mean())
-        return KMeans(centroids, spherical, inertia, len(sample))
-
-    return ranks.first(fit)
+    if not (fit in ("sample", "full") or (isinstance(fit, int | float) and 0 < fit <= 1)):
+        raise UserError(f"k-means fit '{fit}': expected sample, full or a share of the rows in (0, 1]")
+    if iterations < 1:
+        raise UserError(f"k-means: {iterations} iterations; expected at least 1")
 
 
-def spread_centroids(sample: Float32, k: int, seed: int) -> Float32:
-    """k rows of the sample [N, D], drawn far from each other: k-means++ (Arthur and Vassilvitskii 2007) in rounds.
-
-    Each round draws as many new rows as there are, by squared distance to those chosen before, so that all rounds
-    together cost one pass of k-means instead of k passes one after the other.
-    """
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0xD2]))
-    chosen = np.array([rng.integers(len(sample))])
-    distance = np.full(len(sample), np.inf, dtype=np.float64)
-    fresh = chosen
-    while len(chosen) < k:
-        for start in range(0, len(sample), 16384):
-            nearest, _ = faiss.knn(sample[start : start + 16384], sample[fresh], 1)
-            part = distance[start : start + 16384]
-            np.minimum(part, np.maximum(nearest[:, 0], 0), out=part)
-        distance[chosen] = 0
-        # Copies of rows that were chosen have no distance left, yet k rows must come out.
-        weight = distance if np.count_nonzero(distance) >= k else distance + 1e-12
-        weight[chosen] = 0
-        size = min(len(chosen), k - len(chosen))
-        fresh = rng.choice(len(sample), size=size, replace=False, p=weight / weight.sum())
-        chosen = np.concatenate([chosen, fresh])
-    return np.ascontiguousarray(sample[chosen])
+def _fit_rows(rows: int, k: int, fit: str | float, points_per_centroid: int) -> int:
+    if fit == "full":
+        return rows
+    return min(rows, max(k, k * points_per_centroid if isinstance(fit, str) else round(rows * fit)))
 
 
-def assign(
-    vectors: Vectors | npt.NDArray[np.floating],
-    kmeans: KMeans,
-    *,
-    block: int = 16384,
-    progress: Progress | None = None,
-    ranks: Ranks = ALONE,
-) -> Assignment:
-    """The nearest centroid of every row, read by blocks that `ranks` share; equally near ones go to the lower one."""
-    source = as_vectors(vectors, unit=kmeans.spherical)
-    metric = faiss.METRIC_INNER_PRODUCT if kmeans.spherical else faiss.METRIC_L2
-    label = np.empty(source.rows, dtype=np.int64)
-    distance = np.empty(source.rows, dtype=np.float32)
-
-    def nearest(start: int) -> tuple[int, Int64, Float32]:
-        rows = source.block(start, min(start + block, source.rows))
-        value, found = faiss.knn(rows, kmeans.centroids, 1, metric=metric)
-        # |x - c|^2 = 2 - 2 x.c for vectors of unit length; rounding may leave it a hair below zero.
-        squared = 2 - 2 * value[:, 0] if kmeans.spherical else value[:, 0]
-        return start, found[:, 0], np.maximum(squared, 0)
-
-    for start, found, squared in over_blocks(nearest, source.rows, block, progress=progress, ranks=ranks):
-        label[start : start + len(found)], distance[start : start + len(found)] = found, squared
-    return Assignment(label, distance)
+def _passes(rows: int, k: int, iterations: int, nested: bool) -> list[int]:
+    """The eighths of the rows that each iteration runs over."""
+    shares = [(1, 0.6), (2, 0.3), (4, 0.2), (EIGHTHS, 0.2)]
+    usable = [(part, share) for part, share in shares if rows * part >= _NESTED_FROM * k * EIGHTHS]
+    if not nested or iterations < 4 or len(usable) < 2:
+        return [EIGHTHS] * iterations
+    left = sum(share for part, share in shares if (part, share) not in usable)
+    plan = [part for part, share in usable for _ in range(int(np.ceil(round(share * iterations, 6))))]
+    # What the missing small samples would have done is left to the smallest that there is.
+    return [usable[0][0]] * round(left * iterations / 2) + plan
 
 
-def closest_in_cluster(assignment: Assignment, limit: int) -> Int64:
-    """The `limit` rows of every cluster that lie nearest to its centroid, sorted by row (ties by row)."""
-    order = np.lexsort((np.arange(len(assignment.label)), assignment.distance, assignment.label))
-    return np.sort(order[rank_in_group(assignment.label[order]) < limit])
+@dataclass
+class _Fitting:
+    """A fit on its way: what it has to run, and where it keeps how far it is."""
 
+    passes: Passes
+    plan: list[int]
+    tolerance: float
+    stage: Stage | None
+    progress: Progress | None
+    turn: int = 0
 
-def rank_in_group(sorted_group: Int64) -> Int64:
-    """Position of every element within its run of equal values: [3, 3, 5, 5, 5] -> [0, 1, 0, 1, 2]."""
-    n = len(sorted_group)
-    position = np.arange(n, dtype=np.int64)
-    new = np.ones(n, dtype=bool)
-    new[1:] = sorted_group[1:] != sorted_group[:-1]
-    return position - np.maximum.accumulate(np.where(new, position, 0))
+    def run(self, start: Float32) -> KMeans:
+        at, work, splits, centroids = self._resume(start)
+        last, converged = float("inf"), False
+        while at < len(self.plan):
+            part = self.plan[at]
+            total, count, error = self.passes.run(centroids, part)
+            moved, empty = moved_centroids(total, count, spherical=self.passes.spherical)
+            work, splits, at = work + part / EIGHTHS, splits + empty, at + 1
+            still = np.array_equal(moved, centroids)
+            converged = not empty and (still or (last - error) <= self.tolerance * error)
+            last = float("inf") if self.plan[at : at + 1] != [part] else error
+            centroids = moved
+            if converged:  # go on with the next larger part
+                at, last = next((i for i in range(at, len(self.plan)) if self.plan[i] != part), len(self.plan)), np.inf
+            self._keep(at, work, splits, centroids)
+            if self.progress is not None:
+                self.progress(at, len(self.plan))
+        _, count, error = self.passes.run(centroids, EIGHTHS)
+        rows = self.passes.rows.source.rows
+        empty = int((count == 0).sum())
+        return KMeans(centroids, self.passes.spherical, error / rows, rows, empty, splits, work, converged)
+
+    def _resume(self, start: Float32) -> tuple[int, float, int, Float32]:
+        def latest() -> tuple[int, float, int, Float32]:
+            slots = [None, None] if self.stage is None else [self.stage.load(slot) for slot in (0, 1)]
+            found = [(float(state["progress"][0]), slot) for slot, state in enumerate(slots) if state is not None]
+            if not found:
+                return 0, 0.0, 0, start
+            newest = max(found)[1]
+            self.turn = 1 - newest
+            state = slots[newest]
+            assert state is not None
+            at, work, splits = np.asarray(state["progress"], dtype=np.float64)
+            return int(at), float(work), int(splits), np.asarray(state["centroids"], dtype=np.float32)
+
+        return self.passes.ranks.first(latest)
+
+    def _keep(self, at: int, work: float, splits: int, centroids: Float32) -> None:
+        """Keep the state in the older of two places, so that one is whole at any moment."""
+        if self.stage is not None and self.passes.ranks.main:
+            where = np.array([at, work, splits], dtype=np.float64)
+            self.stage.save(self.turn, {"centroids": centroids, "progress": where})
+            self.turn = 1 - self.turn

@@ -15,12 +15,13 @@ import torch
 
 from dinov2cli.data import crop_loader
 from dinov2cli.data.bad import BadImages
+from dinov2cli.data.cores import default_workers
 from dinov2cli.data.crop_loader import CropLoader
 from dinov2cli.data.crops import MultiCrop
 from dinov2cli.data.loader import iterate_images
 from dinov2cli.data.ring import Ring
 from dinov2cli.data.source import open_source
-from dinov2cli.data.workers import Hand, Pool, default_workers
+from dinov2cli.data.workers import Hand, Pool
 from dinov2cli.errors import InputError, WorkError
 
 

@@ -179,7 +179,7 @@ def test_unknown_models_are_answered_with_the_nearest_names(tmp_path, monkeypatc
     (tmp_path / "runs").mkdir()
     assert refusal("runs/first") == f"model 'runs/first' not found: {known}"  # a path, no hub name
     assert refusal("weights/file.pth") == f"model 'weights/file.pth' not found: {known}"
-    assert refusal("sscd:x.pt") == "model 'sscd:x.pt': this version does not open sscd: models; give a run or a .pth"
+    assert refusal("sscd:x.pt") == "model 'sscd:x.pt': found nothing at x.pt; expected a file"
 
 
 def test_folders_that_hold_no_model(tmp_path, exported):
@@ -232,7 +232,7 @@ class Payload:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_and_dangerous_files(tmp_path, exported):
     file = tmp_path / "bad.pth"
-    for content in (b"", b"not weights at all", pickle.dumps(Payload(tmp_path / "touched"))):
+    for content in (b"", b"not weights at all", b"hello world", pickle.dumps(Payload(tmp_path / "touched"))):
         file.write_bytes(content)
         assert refusal(file).startswith(f"{file} ")
     torch.save(Payload(tmp_path / "touched"), file)

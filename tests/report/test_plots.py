@@ -82,12 +82,13 @@ def test_comparison_bars_show_values_and_guessing():
         plots.comparison_bars(["a", "b"], series)
 
 
-def test_similarity_histogram_counts_from_the_threshold_up():
-    values = np.array([0.1, 0.2, 0.5999, 0.6, 0.61, 0.9, np.nan])
-    assert "3 of 6 (50.0%) at or above 0.60" in texts(plots.similarity_histogram(values, 0.6))
-    assert "1 of 1 (100.0%) at or above 0.50" in texts(plots.similarity_histogram([0.5], 0.5))
+def test_similarity_histogram_counts_what_lies_above_the_threshold():
+    edges = np.linspace(0, 1, 101)
+    counts = np.histogram([0.1, 0.2, 0.595, 0.605, 0.61, 0.9], bins=edges)[0]
+    shown = texts(plots.similarity_histogram(counts, edges, 0.6, gap=0.75))
+    assert "3 of 6 (50.0%) above 0.60" in shown
     with pytest.raises(ValueError, match="no similarity"):
-        plots.similarity_histogram([], 0.6)
+        plots.similarity_histogram(np.zeros(100, int), edges, 0.6)
 
 
 @pytest.mark.parametrize("sizes", [[3], [1, 1, 2], [1, 50, 2000], np.arange(1, 100)])

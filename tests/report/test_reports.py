@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from dinov2cli.artifacts.results import ResultRow
+from dinov2cli.curation.coverage import Coverage, Share, balance
+from dinov2cli.curation.profile import SimilarityProfile
 from dinov2cli.curation.tables import Curated
 from dinov2cli.data.source import open_source
 from dinov2cli.evaluation.intervals import Difference
@@ -19,6 +21,11 @@ from dinov2cli.report.thumbnails import spread, thumbnail, thumbnails
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (30, 30, 3)).astype(np.uint8)
 UP = Comparison("k-NN accuracy", (0.412, 0.38, 0.443), (0.63, 0.601, 0.658), Difference(0.218, 0.19, 0.246, 500), 500)
+
+NOTHING_DROPPED = pa.table(
+    {n: pa.array([], pa.string()) for n in ("id", "reason", "duplicate_of")}
+    | {"similarity": pa.array([], pa.float64())}
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,36 +111,90 @@ def test_dedup_report_shows_pairs_groups_and_reasons(images, pool):
         }
     )
     groups = pa.table({"id": names[:4], "group": [0, 0, 1, 1]})
-    found = Curated(pool.take([0, 3, 4]), dropped, np.array([0, 3, 4]), {}, ["kept 3 of 6 images"], groups)
+    rules = [{"tier": "embedding", "edges": 1, "rule": "cosine above 0.6"}]
+    summary = {"rules": rules}
+    found = Curated(pool.take([0, 3, 4]), dropped, np.array([0, 3, 4]), summary, ["kept 3 of 6 images"], groups)
     pairs = duplicate_pair_samples(dropped, images)
     assert [(p.similarity, p.reason) for p in pairs] == [(None, "by bytes"), (0.91, "by embedding")]
     assert pairs[0].kept[0, 0, 0] == 120 and pairs[0].dropped[0, 0, 0] == 80
-    page = dedup_report(found, pool, images, title="Duplicates in <x>", threshold=0.6)
+    sized = pool.append_column("width", pa.array([500] * 6)).append_column("height", pa.array([300] * 6))
+    page = dedup_report(found, sized, images, title="Duplicates in <x>")
     for part in ("Duplicates in &lt;x&gt;", "kept 3 of 6 images", "50.0% of the images", "unreadable", "by embedding"):
         assert part in page, part
-    assert "2 groups, median 2 images" in page
-    plain = dedup_report(found, pool, images, title="t", figures=False)
+    assert "2 groups, median 2 images" in page and "cosine above 0.6" in page
+    assert '<td class="number">0.3</td>' in page  # two images of 0.15 megapixels
+    assert page.count("<image ") == 4 + 4  # two pairs, two groups of two
+    plain = dedup_report(found, pool, None, title="t")
     assert "<image" not in plain
 
 
 def test_dedup_report_without_duplicates(images, pool):
-    dropped = pa.table({n: pa.array([], pa.string()) for n in ("id", "reason", "duplicate_of")}).append_column(
-        "similarity", pa.array([], pa.float64())
-    )
-    found = Curated(pool, dropped, np.arange(6), {}, ["nothing to drop"])
-    page = dedup_report(found, pool, images, title="t", threshold=0.6)
+    found = Curated(pool, NOTHING_DROPPED, np.arange(6), {}, ["nothing to drop"])
+    page = dedup_report(found, pool, images, title="t")
     assert "nothing to drop" in page and "Duplicate pairs" not in page
+
+
+def test_dedup_report_shows_both_sides_of_the_threshold(images, pool):
+    found = Curated(pool, NOTHING_DROPPED, np.arange(6), {}, [])
+    counts = np.zeros(100, int)
+    counts[[40, 96]] = 30, 4
+    profile = SimilarityProfile(0.6, 34, counts, [(0, 1, 0.59), (2, 5, 0.58)], [(0, 2, 0.61)], 0.68)
+    page = dedup_report(found, pool, images, title="t", profile=profile)
+    assert "around 0.68" in page and "cosine 0.590" in page and "cosine 0.610" in page
+    assert page.count("<image ") == 4  # image 5 cannot be read, so its pair is left out
+    assert "--calibrate" in dedup_report(
+        found, pool, images, title="t", profile=SimilarityProfile(0.6, 34, counts, [], [], None)
+    )
+
+
+def test_dedup_report_parts_what_the_reference_holds(images, pool):
+    names = images.ids
+    dropped = pa.table(
+        {
+            "id": [names[0], names[1]],
+            "reason": ["against", "against"],
+            "duplicate_of": [names[2], names[2]],
+            "similarity": [0.5, 0.7],
+            "tier": ["embedding", "perceptual"],
+            "reference": ["test/", "test/"],
+        }
+    )
+    found = Curated(pool.slice(2), dropped, np.arange(2, 6), {}, [])
+    page = dedup_report(found, pool, images, title="t", references={"test/": images})
+    assert "2 images match." in page and "Image of test/ and dropped image." in page and page.count("<image ") == 4
+    assert "Duplicate pairs" not in page
+    assert page.index("similarity 0.700") < page.index("similarity 0.500")
+    assert "<image" not in dedup_report(found, pool, images, title="t")
 
 
 def test_curate_report_shows_clusters_or_a_sample(images, pool):
     kept = pool.take([0, 1, 2]).append_column("cluster_top", pa.array([7, 7, 8]))
     dropped = pa.table({"id": images.ids[3:], "reason": ["not_sampled"] * 3})
-    found = Curated(kept, dropped, np.array([0, 1, 2]), {"evenness_before": 0.5, "evenness_after": 0.9}, ["chosen"])
-    page = curate_report(found, images, title="t")
+    found = Curated(kept, dropped, np.array([0, 1, 2]), {}, ["chosen"])
+    counts = (np.array([4, 2]), np.array([2, 1]))
+    shares = [Share("flowers", 0.25, 0.75)]
+    coverage = Coverage(2, balance(counts[0]), balance([3, 0]), counts, "source", shares, shares, [0.7], 50)
+    page = curate_report(found, images, title="t", coverage=coverage)
     assert "cluster 7: 2 images chosen" in page and "cluster 8: 1 image chosen" in page
-    assert "was 0.50; 1 is all equal" in page and page.count("<image ") == 3
+    assert "was 0.92; 1 is all equal" in page and "was 0.17; 0 is all equal" in page and page.count("<image ") == 3
+    for part in ("each of 2 clusters", "Images near each query set", "at most", "Where images come from", "75.0 %"):
+        assert part in page, part
     retrieved = Curated(pool.take([0, 1]), dropped, np.array([0, 1]), {}, [])
     assert "Chosen images" in curate_report(retrieved, images, title="t")
+
+
+def test_curate_report_counts_query_sets_like_the_paper(images, pool):
+    asked = {"dataset": "a", "images": 9, "retrieval": "sample", "settings": {"neighbours": 4}, "pairs": 36}
+    table = [{**asked, "retrieved": 5, "final": 3, "only": 1}, {**asked, "dataset": "b", "retrieved": 2, "final": 2}]
+    table[1]["only"] = 0
+    overlap = [{"sets": ["a", "b"], "images": 2}]
+    included = {"images": 2, "table": [{"dataset": "a", "images": 9, "final": 2}]}
+    summary = {"kept": 3, "table": table, "overlap": overlap, "included": included}
+    dropped = pa.table({"id": images.ids[3:], "reason": ["not_retrieved"] * 3})
+    page = curate_report(Curated(pool.take([0, 1, 2, 3, 4]), dropped, np.arange(5), summary), images, title="t")
+    assert "3 of 6 images chosen" in page and "5 images in all" in page
+    for part in ("sample: neighbours 4", "as it is", "a and b", "all, each image once", ">5</td>"):
+        assert part in page, part
 
 
 def test_run_report_says_what_was_seen():

@@ -1,11 +1,10 @@
-"""k-means against scikit-learn, its streaming assignment, and the hierarchy on data of very uneven density."""
+"""k-means against scikit-learn, its assignment, and its starts."""
 
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans as SklearnKMeans
 
 from dinov2cli.errors import UserError
-from dinov2cli.search.hierarchy import default_levels, fit_hierarchy
 from dinov2cli.search.kmeans import Assignment, assign, closest_in_cluster, fit_kmeans, rank_in_group, spread_centroids
 
 
@@ -76,23 +75,6 @@ def test_rank_in_group_and_closest():
     assert closest_in_cluster(Assignment(label, distance), 1).tolist() == [1, 2]
 
 
-def uneven_square(seed: int) -> np.ndarray:
-    """90 % of the points on the left tenth of a unit square, the rest uniform over it."""
-    rng = np.random.default_rng(seed)
-    dense = rng.random((9000, 2)) * [0.1, 1.0]
-    return np.concatenate([dense, rng.random((1000, 2))]).astype(np.float32)
-
-
-def test_resampling_moves_centroids_towards_a_uniform_cover():
-    x = uneven_square(0)
-    shares = []
-    for steps in (0, 5):
-        tree = fit_hierarchy(x, [200, 20], resample_steps=steps, spherical=False, seed=1)
-        shares.append((tree.levels[0].kmeans.centroids[:, 0] > 0.1).mean())
-    # A uniform cover of the support would have .9; k-means has the root of the density, .5; random rows .1.
-    assert 0.35 < shares[0] < 0.55 and shares[1] > 0.62, shares
-
-
 def test_spread_start_reaches_every_blob_and_copes_with_copies():
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.normal(size=(5000, 4)), 50 + 30 * np.eye(4)]).astype(np.float32)  # four lonely rows
@@ -102,23 +84,3 @@ def test_spread_start_reaches_every_blob_and_copes_with_copies():
     copies = np.repeat(np.eye(3, 6, dtype=np.float32), 20, axis=0)
     assert len(np.unique(spread_centroids(copies, 5, seed=0), axis=0)) == 3
     assert len(spread_centroids(copies, 60, seed=0)) == 60
-
-
-def test_hierarchy_labels_follow_the_tree_and_the_seed():
-    x = uneven_square(1)[:3000]
-    a, b = (fit_hierarchy(x, [60, 12, 3], resample_steps=2, spherical=False, seed=4) for _ in range(2))
-    labels = a.labels()
-    assert [len(np.unique(label)) for label in labels] == [60, 12, 3]
-    for fine, coarse, level in zip(labels, labels[1:], a.levels[1:], strict=False):
-        np.testing.assert_array_equal(coarse, level.assignment.label[fine])
-    np.testing.assert_array_equal(labels[-1], b.labels()[-1])
-
-
-def test_levels_must_shrink():
-    with pytest.raises(UserError, match="cluster levels: found 10,10; expected numbers of clusters that shrink"):
-        fit_hierarchy(np.eye(20, dtype=np.float32), [10, 10])
-    with pytest.raises(UserError, match="found none"):
-        fit_hierarchy(np.eye(20, dtype=np.float32), [])
-    assert default_levels(5) == [1]
-    assert default_levels(50_000) == [1562, 156, 15]
-    assert default_levels(10**9)[0] == 100_000

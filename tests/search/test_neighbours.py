@@ -5,8 +5,10 @@ import pytest
 
 from dinov2cli.errors import InputError, UserError
 from dinov2cli.search.edges import join_edges, make_edges
-from dinov2cli.search.index import build_index, ivf_factory
-from dinov2cli.search.neighbours import best_match, neighbour_blocks, similarity_edges, top_k
+from dinov2cli.search.index import build_index
+from dinov2cli.search.neighbours import best_match, edge_blocks, neighbour_blocks, similarity_edges, top_k
+from dinov2cli.search.normalise import background_bias
+from dinov2cli.search.plan import PROCESS_BYTES, ivf_factory
 from dinov2cli.search.vectors import ArrayVectors, as_vectors, sample_rows
 
 
@@ -61,9 +63,9 @@ def test_vectors_of_any_length_are_compared_by_cosine():
 def test_exact_search_in_blocks_is_the_same_as_in_one(monkeypatch):
     x = mixture(3000, 16, 2)
     whole = build_index(x, index="flat")
-    monkeypatch.setattr("dinov2cli.search.index._BLOCK_BYTES", 1024 * 16 * 4)
+    monkeypatch.setattr("dinov2cli.search.index.FILL_ROWS", 1024)
     source = ShardedHalf(x, 500)
-    blocked = build_index(source, index="flat", cache_bytes=0)
+    blocked = build_index(source, index="flat", memory=PROCESS_BYTES)
     a, b = whole.search(x[:50], 7), blocked.search(x[:50], 7)
     assert source.largest <= 1024  # never all rows at once
     np.testing.assert_allclose(a[0], b[0], atol=2e-3)  # float16 rows
@@ -119,6 +121,13 @@ def test_full_lists_of_edges_are_reported():
     assert len(similarity_edges(np.ones((5, 4), np.float32), 0.5, k=4).truncated) == 0
 
 
+def test_no_row_has_more_than_k_edges_of_its_own():
+    same = np.ones((12, 4), np.float32)
+    for block in edge_blocks(same, 0.5, k=3):
+        # Of twelve copies each lists the first four: rows 4 to 11 are not in their own list and keep three of them.
+        assert not np.isin(3, block.src) and set(block.src) == {0, 1, 2} and len(block.truncated) == 12
+
+
 def test_threshold_is_exclusive():
     x = np.eye(4, dtype=np.float32)
     x[1] = x[0]
@@ -150,7 +159,8 @@ def test_same_seed_gives_the_same_ivf_result():
 def test_auto_is_exact_for_small_sets_and_ivf_for_large(monkeypatch):
     x = mixture(2000, 16, 10)
     assert build_index(x).exact
-    monkeypatch.setattr("dinov2cli.search.index.EXACT_BELOW", 1000)
+    monkeypatch.setattr("dinov2cli.search.plan.EXACT_ROWS", 1000)
+    monkeypatch.setattr("dinov2cli.search.plan.EXACT_WORK", 1e6)
     large = build_index(x)
     assert not large.exact and large.description.startswith("IVF")
     assert ivf_factory(200_000, 384) == "IVF1024,PQ96x4fs,Refine(SQfp16)"
@@ -220,3 +230,50 @@ def test_unit_view_can_be_undone():
     assert as_vectors(once) is once
     np.testing.assert_allclose(as_vectors(once, unit=False).block(0, 3), x)
     np.testing.assert_allclose(once.block(0, 3), 0.5)
+
+
+def test_background_bias_is_the_mean_of_the_nearest():
+    x, background = mixture(200, 12, 11), mixture(300, 12, 12)
+    x[7] = 0
+    full = np.sort(x.astype(np.float64) @ background.T.astype(np.float64), axis=1)
+    np.testing.assert_allclose(background_bias(x, background, n=4, beta=0.5), 0.5 * full[:, -4:].mean(1), atol=1e-6)
+    with pytest.raises(UserError, match="found 2 background images; expected at least 3; give more"):
+        background_bias(x, background[:2])
+
+
+def test_normalised_edges_are_all_pairs_whose_score_is_above_the_threshold():
+    x = mixture(400, 12, 13, centres=80, spread=0.2)
+    bias = np.random.default_rng(0).uniform(-0.1, 0.4, 400).astype(np.float32)
+    score = x.astype(np.float64) @ x.T.astype(np.float64) - 0.5 * (bias[:, None] + bias[None, :]).astype(np.float64)
+    expected = {(i, j) for i, j in zip(*np.nonzero(np.triu(score > 0.7, 1)), strict=True)}
+    edges = similarity_edges(x, 0.7, k=200, bias=bias)
+    assert len(expected) > 200 and set(zip(edges.src, edges.dst, strict=True)) == expected
+    np.testing.assert_allclose(edges.similarity, score[edges.src, edges.dst], atol=1e-5)
+    # A list that is cut where a better score could still follow is named.
+    few = similarity_edges(x, 0.7, k=3, bias=bias)
+    missed = expected - set(zip(few.src.tolist(), few.dst.tolist(), strict=True))
+    assert missed and all(i in few.truncated and j in few.truncated for i, j in missed)
+    with pytest.raises(ValueError, match="bias: expected one value for each of 400 rows, found 5"):
+        similarity_edges(x, 0.7, bias=bias[:5])
+
+
+def test_mapped_files_are_let_go_and_read_the_same(tmp_path, monkeypatch):
+    x = mixture(5000, 16, 14).astype(np.float16)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    monkeypatch.setattr("dinov2cli.search.vectors._MAPPED_BYTES", 1000)  # after every block
+    vectors = ArrayVectors(mapped)
+    np.testing.assert_array_equal(vectors.block(10, 900), x[10:900])
+    np.testing.assert_array_equal(vectors.gather(np.array([4999, 0, 7])), x[[4999, 0, 7]])
+    a, b = similarity_edges(mapped, 0.9), similarity_edges(x, 0.9)
+    np.testing.assert_array_equal(a.src, b.src)
+    np.testing.assert_array_equal(a.similarity, b.similarity)
+    np.save(tmp_path / "y.npy", x.astype(np.float32))
+    whole = ArrayVectors(np.load(tmp_path / "y.npy", mmap_mode="r")).block(0, 100)
+    assert not isinstance(whole.base, np.memmap)  # a copy: its pages may go
+
+
+def test_lengths_that_float32_cannot_square_are_made_unit():
+    x = mixture(20, 8, 15)
+    for scale in (1e-25, 1e25):
+        np.testing.assert_allclose(as_vectors(x * np.float32(scale)).block(0, 20), x, atol=1e-6)

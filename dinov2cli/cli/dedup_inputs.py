@@ -1,0 +1,102 @@
+"""What `dinov2 dedup` is given: its inputs, opened, and the comparisons that they allow."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinov2cli.cli.talk import Talk
+    from dinov2cli.config import DedupConfig
+    from dinov2cli.curation.collection import Collection
+
+
+@dataclass
+class Work:
+    """What a command is about: the images, the reference sets, the background (None without), the tiers to run, and the
+    inputs for the manifest."""
+
+    collection: "Collection"
+    references: "list[Collection]"
+    background: "Collection | None"
+    tiers: list[str]
+    inputs: list[dict[str, Any]]
+
+
+def opened(data: str, against: list[str], config: "DedupConfig", talk: "Talk") -> Work:
+    """Open all inputs. Raises as `open_collection` does, and UserError for tiers that the input does not allow."""
+    from dinov2cli.cli.selecting import embedding_model
+    from dinov2cli.curation.collection import open_collection
+
+    collection = open_collection(data)
+    references = [open_collection(name) for name in against]
+    tiers = _tiers(config, collection, talk)
+    background = open_collection(config.background) if config.background else None
+    if "embedding" not in tiers:
+        _refuse_idle(config)
+    everything = [collection, *references, *([background] if background else [])]
+    inputs = [c.fingerprint for c in everything]
+    inputs += embedding_model(config, [*everything] if "embedding" in tiers else [])
+    return Work(collection, references, background, tiers, inputs)
+
+
+def plan(work: Work, config: "DedupConfig") -> dict[str, Any]:
+    """The facts of a dry run."""
+    facts: dict[str, Any] = {
+        "images": work.collection.rows,
+        "reference images": sum(reference.rows for reference in work.references),
+        "tiers": work.tiers,
+    }
+    if "embedding" in work.tiers and work.collection.vectors is not None:
+        from dinov2cli.search.plan import plan_index
+
+        vectors = work.collection.vectors
+        index = plan_index(
+            vectors.rows, vectors.dim, queries=vectors.rows, k=config.neighbours, memory=config.memory,
+            recall=config.recall,
+        )  # fmt: skip
+        facts["index"] = index.reason
+    return facts
+
+
+def _refuse_idle(config: "DedupConfig") -> None:
+    """Raise UserError for settings of the embedding tier where it does not run: they would do nothing."""
+    from dinov2cli.errors import UserError
+
+    asked = {
+        "threshold": config.threshold,
+        "background": config.background,
+        "min_representative": config.min_representative,
+    }
+    idle = [name for name, value in asked.items() if value is not None]
+    if idle:
+        raise UserError(
+            f"{', '.join(idle)}: of the embedding tier, which does not run here; give -m MODEL or the output of "
+            "`dinov2 embed`, or leave it out"
+        )
+
+
+def _tiers(config: "DedupConfig", collection: "Collection", talk: "Talk") -> list[str]:
+    """The tiers to run: as asked, else those the input allows without decoding images that were decoded before."""
+    from dinov2cli.errors import UserError
+
+    embedded = collection.vectors is not None or config.model is not None
+    if config.tiers is not None:
+        if "embedding" in config.tiers and not embedded:
+            raise UserError(
+                f"--tiers embedding: {collection.spec} holds no embeddings; "
+                "give -m MODEL, or the output of `dinov2 embed`"
+            )
+        return list(config.tiers)
+    local = ["geometric"] if config.verify == "geometric" else []
+    if not embedded:
+        missed = "" if local else "; --verify geometric also finds crops and pages"
+        talk.say(
+            f"no model given: copies are found by bytes, pixels and perceptual hash{missed}; -m MODEL adds similarity"
+        )
+        return ["exact", "perceptual", *local]
+    if collection.random:
+        talk.warn(
+            "these embeddings come from random weights and tell copies from look-alikes badly; using hashes instead"
+        )
+        return ["exact", "perceptual", *local]
+    pixels = [] if collection.vectors is not None and not local else ["perceptual"]
+    return ["exact", *pixels, *local, "embedding"]

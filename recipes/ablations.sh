@@ -260,12 +260,10 @@ step() { # PLACE STEP COMMAND…: run or print one command; a failure is written
   return 1
 }
 
-# The images of the study of data, chosen once for all seeds, below OUT/data/sets. One cluster makes of balanced sampling
-# a plain random draw.
+# The images of the study of data, chosen once for all seeds, below OUT/data/sets.
 features=(-m "${embed:-tiny}")
 [[ -n $embed$embed_pool ]] || embed_pool=mean
 [[ -z $embed_pool ]] || features+=(--pool "$embed_pool")
-at_random=(--set 'levels=[1]' --set resample_steps=0 --set iterations=1)
 made=' '
 choose() { # ARM PLACE
   local arm=$1 place=$2 sets=$out/$study/sets
@@ -277,10 +275,10 @@ choose() { # ARM PLACE
   [[ $arm == query-only ]] || one pool-embeddings embed "$pool" "${features[@]}" || return 1
   case $arm in curated | query-only) one query-embeddings embed "$query" "${features[@]}" || return 1 ;; esac
   case $arm in
-    uncurated) one "$arm" curate "$sets/pool-embeddings" --target-size "$amount" "${at_random[@]}" ;;
+    uncurated) one "$arm" curate "$sets/pool-embeddings" --target-size "$amount" --mode random ;;
     curated) one "$arm" curate "$sets/pool-embeddings" --query "$sets/query-embeddings" --target-size "$amount" ;;
     balanced) one "$arm" curate "$sets/pool-embeddings" --target-size "$amount" ;;
-    query-only) one "$arm" curate "$sets/query-embeddings" --target-size "$amount" "${at_random[@]}" ;;
+    query-only) one "$arm" curate "$sets/query-embeddings" --target-size "$amount" --mode random ;;
   esac
 }
 

@@ -268,7 +268,7 @@ def test_study_of_data_chooses_sets_of_one_size_once(ablations, tmp_path):
     assert not list(tmp_path.iterdir())
     lines = [shlex.split(line.replace("python -m dinov2cli", "dinov2"))[1:] for line in done.stdout.splitlines()]
     pool, query = (f"out dir/data/sets/{name}-embeddings" for name in ("pool", "query"))
-    draw = ["--set", "levels=[1]", "--set", "resample_steps=0", "--set", "iterations=1"]
+    draw = ["--mode", "random"]
     assert [words for words in lines if words[0] == "embed"] == [
         ["embed", POOL, "-m", "run", "--pool", "mean", "-o", pool],
         ["embed", QUERY, "-m", "run", "--pool", "mean", "-o", query],

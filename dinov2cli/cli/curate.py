@@ -28,7 +28,7 @@ _QUERY = (
 )
 _MODE = (
     "With --query: sample (nearest images) or cluster (images of the queries' clusters). Without: balanced (a tree of "
-    "clusters; also hierarchical), balanced-kmeans (clusters of bounded size) or semdedup (drop look-alikes)."
+    "clusters; also hierarchical), balanced-kmeans (clusters of bounded size), semdedup (drop look-alikes) or random."
 )
 _INCLUDE = "Also keep the images of the query sets themselves."
 _TARGET = "Number of images to keep."
@@ -187,8 +187,10 @@ def _found(
     from dinov2cli.cli.query_sets import naming, query_sets
     from dinov2cli.cli.selecting import with_vectors
 
-    collection = with_vectors(work.collection, config, talk, path / "embeddings", ranks=ranks)
-    if collection.random:
+    collection = work.collection
+    if work.mode != "random" or config.model is not None:
+        collection = with_vectors(collection, config, talk, path / "embeddings", ranks=ranks)
+    if collection.random and work.mode != "random":
         talk.warn("these embeddings come from random weights: clusters follow colour and brightness, not content")
     opened = []
     for number, (query, each) in enumerate(zip(work.queries, work.opened, strict=True)):
@@ -203,7 +205,7 @@ def _found(
         means = {"memory": config.memory, "store": parts, "progress": steps(advance), "ranks": ranks}
         found = _choose(work.mode, collection, sets, config, means)
         coverage = None
-        if config.coverage_clusters != 0:
+        if config.coverage_clusters != 0 and collection.vectors is not None:
             found, coverage = _measured(found, collection, sets, config, means)
     joined = [each for each, query in zip(zip(sets, opened, strict=True), work.queries, strict=True) if query.include]
     images, pictures = collection.images, {each.name: c.images for each, c in zip(sets, opened, strict=True)}
@@ -264,10 +266,13 @@ def _choose(
 ) -> "Curated":
     from dinov2cli.curation.pruning import prune_semantic
     from dinov2cli.curation.retrieval import retrieve
-    from dinov2cli.curation.sampling import sample_balanced, sample_bounded
+    from dinov2cli.curation.sampling import sample_balanced, sample_bounded, sample_random
 
-    assert collection.vectors is not None
     pool, vectors, c = collection.table(), collection.vectors, config
+    if mode == "random":
+        assert c.target_size is not None
+        return sample_random(pool, c.target_size, seed=c.seed)
+    assert vectors is not None
     common: dict[str, Any] = {"iterations": c.iterations, "seed": c.seed, **means}
     if sets:
         return retrieve(

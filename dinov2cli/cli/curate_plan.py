@@ -64,21 +64,20 @@ def steps(advance: Callable[[int], None]) -> Callable[[int, int], None]:
 
 
 def _expected(work: Work, config: "CurateConfig") -> dict[str, Any]:
-    """The index and the clusters of the run, and about what time and memory they take on this machine's cores."""
-    import os
-
+    """The index and the clusters of the run, and about what time and memory they take."""
+    from dinov2cli.cli.costs import cost_facts, machines
     from dinov2cli.curation import pruning, query_sets
-    from dinov2cli.search.cost import Cost, Machines, amount, duration, estimate
+    from dinov2cli.search.cost import Cost, estimate
     from dinov2cli.search.hierarchy import default_levels
 
-    rows, vectors = work.collection.rows, work.collection.vectors
-    where = Machines(cores=os.cpu_count() or 1)
+    rows, vectors = config.plan.images or work.collection.rows, work.collection.vectors
+    where = machines(config.plan)
     asked = [query.mode for query in work.queries]
     facts: dict[str, Any] = {}
     costs: list[Cost] = []
-    if vectors is None:
+    if vectors is None and (work.mode != "random" or config.model is not None):
         costs += estimate(rows + sum(c.rows for c in work.opened), 768, stages=("embed",), machines=where)
-    elif "sample" in asked:
+    elif vectors is not None and "sample" in asked:
         index, cost = _search_cost(work, config, where)
         facts["index"] = index
         costs.append(cost)
@@ -93,10 +92,7 @@ def _expected(work: Work, config: "CurateConfig") -> dict[str, Any]:
         fits = 1 + config.resample_steps if work.mode == "balanced" else 1
         asks: dict[str, Any] = {"clusters": clusters, "iterations": config.iterations, "machines": where}
         costs += fits * estimate(rows, dim, stages=("kmeans",), **asks)
-    seconds = sum(cost.seconds for cost in costs)
-    memory = max((cost.memory for cost in costs), default=0.0)
-    assumed = "; ".join(dict.fromkeys(f"{cost.stage}: {cost.assumed}" for cost in costs))
-    return {**facts, "time": f"about {duration(seconds)} ({assumed})", "memory": f"about {amount(memory)}"}
+    return facts | cost_facts(costs, config.plan, rows)
 
 
 def _search_cost(work: Work, config: "CurateConfig", where: "Machines") -> "tuple[str, Cost]":

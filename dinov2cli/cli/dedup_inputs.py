@@ -39,22 +39,34 @@ def opened(data: str, against: list[str], config: "DedupConfig", talk: "Talk") -
 
 
 def plan(work: Work, config: "DedupConfig") -> dict[str, Any]:
-    """The facts of a dry run."""
+    """The facts of a dry run; images without vectors are reckoned with 512 numbers each."""
+    from dinov2cli.cli.costs import cost_facts, machines
+    from dinov2cli.search.cost import estimate
+    from dinov2cli.search.plan import plan_index
+
     facts: dict[str, Any] = {
         "images": work.collection.rows,
         "reference images": sum(reference.rows for reference in work.references),
         "tiers": work.tiers,
     }
-    if "embedding" in work.tiers and work.collection.vectors is not None:
-        from dinov2cli.search.plan import plan_index
-
-        vectors = work.collection.vectors
+    collection = work.collection
+    rows = config.plan.images or collection.rows
+    dim = collection.vectors.dim if collection.vectors is not None else 512
+    stages = [stage for stage, runs in (
+        ("hash", "perceptual" in work.tiers),
+        ("embed", "embedding" in work.tiers and collection.vectors is None),
+        ("edges", "embedding" in work.tiers),
+        ("components", True),
+    ) if runs]  # fmt: skip
+    where = machines(config.plan)
+    if "edges" in stages and not where.gpus:
         index = plan_index(
-            vectors.rows, vectors.dim, queries=vectors.rows, k=config.neighbours, memory=config.memory,
-            recall=config.recall,
+            rows, dim, queries=rows, k=config.neighbours, memory=config.memory, recall=config.recall,
+            index=config.index, nprobe=config.nprobe,
         )  # fmt: skip
-        facts["index"] = index.reason
-    return facts
+        facts["index"] = f"{index.factory}: {index.reason}"
+    asks: dict[str, Any] = {"machines": where, "k": config.neighbours, "memory": config.memory}
+    return facts | cost_facts(estimate(rows, dim, stages=tuple(stages), **asks), config.plan, rows)
 
 
 def _refuse_idle(config: "DedupConfig") -> None:

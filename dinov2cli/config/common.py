@@ -33,6 +33,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class PlanConfig(Section):
+    """What `--dry-run` reckons with: `machines` as 160xV100, 8xH100 or 64cores (None: the cores of this one), `images`
+    instead of those that there are."""
+
+    machines: Annotated[str, Field(pattern=r"^([1-9]\d*)(cores|x[A-Za-z]\w*)$")] | None = None
+    images: Count | None = None
+
+
 class CommonConfig(Section):
     """Keys of every command. What never changes a result is no part of its identity (see `identity`)."""
 
@@ -43,7 +51,7 @@ class CommonConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Return the resolved settings that shape the result, as plain JSON values."""
         never = dict.fromkeys(
-            ("workers", "device", "log", "checkpoint", "parallel", "max_bad_fraction", "memory"), True
+            ("workers", "device", "log", "checkpoint", "parallel", "max_bad_fraction", "memory", "plan"), True
         )
         # The first is exact, the second only ends a run, the third may change where a run goes on (it says so).
         savers = {"activation_checkpointing", "max_bad_steps", "precision"}

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dinov2cli.config.common import Cosine, Count, CountOrZero, Memory, Section, Share
+from dinov2cli.config.common import Cosine, Count, CountOrZero, Memory, PlanConfig, Section, Share
 from dinov2cli.config.images import PackConfig
 
 RETRIEVAL = ("sample", "cluster")
@@ -34,7 +34,9 @@ class CurateConfig(PackConfig):
     clusters that evenness is measured on, 0 for none.
     """
 
-    mode: Literal["auto", "sample", "cluster", "balanced", "hierarchical", "semdedup", "balanced-kmeans"] = "auto"
+    mode: Literal["auto", "sample", "cluster", "balanced", "hierarchical", "semdedup", "balanced-kmeans", "random"] = (
+        "auto"
+    )
     queries: Annotated[list[QueryConfig], Field(default_factory=list)]
     target_size: Count | None = None
     neighbours: Count = 4
@@ -56,6 +58,7 @@ class CurateConfig(PackConfig):
     coverage_clusters: CountOrZero | None = None
     model: str | None = None
     memory: Memory | None = None
+    plan: PlanConfig = Field(default_factory=PlanConfig)
 
     def resolved(self, query: QueryConfig) -> QueryConfig:
         """A query set with the command's settings where it has none of its own."""

@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from dinov2cli.config.common import AmountOrZero, Cosine, Count, CountOrZero, Memory, Share
+from pydantic import Field
+
+from dinov2cli.config.common import AmountOrZero, Cosine, Count, CountOrZero, Memory, PlanConfig, Share
 from dinov2cli.config.images import PackConfig
 
 
@@ -34,6 +36,7 @@ class DedupConfig(PackConfig):
     nprobe: Count | None = None
     recall: Share = 0.95
     memory: Memory | None = None
+    plan: PlanConfig = Field(default_factory=PlanConfig)
     max_component: Count = 1000
     min_representative: Cosine | None = None
     model: str | None = None

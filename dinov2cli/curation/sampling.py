@@ -1,4 +1,4 @@
-"""Balanced sampling without a query: a budget poured into a tree of k-means clusters, or evenly over flat ones."""
+"""Sampling without a query: a budget poured into a tree of k-means clusters, evenly over flat ones, or at random."""
 
 from collections.abc import Sequence
 
@@ -135,6 +135,23 @@ def sample_bounded(
         rows=rows,
         summary=summary,
         messages=messages,
+    )
+
+
+def sample_random(pool: pa.Table, target_size: int, *, seed: int = 0) -> Curated:
+    """`target_size` rows of the pool, each as likely as any other: what other choices are compared with.
+
+    Deterministic by seed and the order of the pool. Raises UserError for a target the pool cannot give.
+    """
+    _check(pool.num_rows, target_size, "random")
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0x4A4D]))
+    rows = np.sort(rng.choice(pool.num_rows, size=target_size, replace=False)).astype(np.int64)
+    return Curated(
+        kept=kept_table(pool, rows),
+        dropped=dropped_table(pool, other_rows(pool.num_rows, rows), reason="not_sampled"),
+        rows=rows,
+        summary={"images": pool.num_rows, "kept": len(rows), "mode": "random"},
+        messages=[f"drew {len(rows):,} of {pool.num_rows:,} images at random"],
     )
 
 

@@ -115,7 +115,10 @@ def test_models_that_are_none(dinov2, photos, tmp_path):
         (["curate", "IN", "-o", "OUT", "--mode", "sample"], "--mode sample needs --query"),
         (["curate", "IN", "-o", "OUT", "--target-size", "10"], "holds images without embeddings; give -m MODEL"),
         (["dedup", "IN", "-o", "OUT", "--tiers", "embedding"], "holds no embeddings; give -m MODEL"),
-        (["dedup", "IN", "-o", "OUT", "--tiers", "exakt"], "should be 'exact', 'perceptual', 'geometric' or 'embedding'"),
+        (
+            ["dedup", "IN", "-o", "OUT", "--tiers", "exakt"],
+            "should be 'exact', 'perceptual', 'geometric' or 'embedding'",
+        ),
         (
             ["embed", "IN", "-m", "tiny", "-o", "OUT", "--image-size", "30"],
             "30 is not a multiple of the patch size 8: use 24 or 32",

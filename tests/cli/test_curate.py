@@ -126,6 +126,15 @@ def test_policies_without_queries_keep_exactly_the_target(dinov2, embeddings, tm
     assert kept(tmp_path / "again").equals(kept(tmp_path / "c"))
 
 
+def test_a_random_draw_needs_no_features(dinov2, photos, tmp_path):
+    done = dinov2("curate", photos, "-o", tmp_path / "c", "--mode", "random", "--target-size", 9, "--json", *HERE)
+    assert done.code == 0, done.err
+    assert kept(tmp_path / "c").num_rows == 9 and not (tmp_path / "c" / "embeddings").exists()
+    assert len(open_source(str(tmp_path / "c")).ids) == 9
+    dry = dinov2("curate", photos, "-o", tmp_path / "x", "--mode", "random", "--target-size", 9, "--dry-run", *HERE)
+    assert dry.code == 0, dry.err
+
+
 def test_semdedup_by_eps_names_what_each_image_repeats(dinov2, embeddings, tmp_path):
     done = dinov2("curate", embeddings, "-o", tmp_path / "c", "--mode", "semdedup", "--set", "eps=0.01", *HERE)
     assert done.code == 0, done.err

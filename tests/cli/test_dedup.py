@@ -241,6 +241,14 @@ def test_a_dry_run_names_the_index(dinov2, unit, tmp_path):
     done = dinov2("dedup", tmp_path / "e", "-o", tmp_path / "d", "--dry-run", "--json")
     assert done.code == 0, done.err
     assert "200 x 64" in json.dumps(done.json) and not (tmp_path / "d").exists()
+    many = ["--set", "plan.images=1200000000", "--set", "plan.machines=160xV100"]
+    done = dinov2("dedup", tmp_path / "e", "-o", tmp_path / "d", "--dry-run", "--json", *many)
+    assert done.code == 0 and "on 160xV100 for 1,200,000,000 images" in done.json["cost"], done.err
+    assert "160 GPUs" in done.json["cost of edges"]
+    done = dinov2("dedup", tmp_path / "e", "-o", tmp_path / "d", "--dry-run", "--set", "plan.machines=3xA9")
+    assert done.code == 2 and "no rates for GPU 'A9'; expected one of V100, H100" in done.err
+    done = dinov2("dedup", tmp_path / "e", "-o", tmp_path / "d", "--dry-run", "--set", "plan.machines=many")
+    assert done.code == 2 and "plan.machines" in done.err
 
 
 def test_a_copy_detection_model_brings_the_published_thresholds(dinov2, altered, tmp_path):

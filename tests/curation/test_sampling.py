@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from dinov2cli.curation.sampling import sample_balanced, sample_bounded, sample_tree, waterfill, waterfill_groups
+from dinov2cli.curation.sampling import (
+    sample_balanced,
+    sample_bounded,
+    sample_random,
+    sample_tree,
+    waterfill,
+    waterfill_groups,
+)
 from dinov2cli.errors import UserError
 from dinov2cli.search.hierarchy import Hierarchy, Level, fit_hierarchy
 from dinov2cli.search.kmeans import Assignment, KMeans
@@ -129,3 +136,17 @@ def test_a_tree_of_many_clusters_is_sampled_level_by_level():
             room = taken[child][mine] < sizes[child][mine]
             if room.any():
                 assert taken[child][mine][room].min() >= taken[child][mine].max() - 1
+
+
+def test_a_random_draw_is_exact_and_favours_no_row(make_pool):
+    pool = make_pool(40)
+    draws = [sample_random(pool, 10, seed=seed).rows for seed in range(800)]
+    assert all(len(set(rows.tolist())) == 10 and (np.diff(rows) > 0).all() for rows in draws)
+    count = np.bincount(np.concatenate(draws), minlength=40)
+    # Each row is in a quarter of the draws: binomial with mean 200 and deviation 12.2.
+    assert abs(count - 200).max() < 5 * 12.2
+    again = sample_random(pool, 10, seed=3)
+    np.testing.assert_array_equal(again.rows, draws[3])
+    assert again.kept.num_rows == 10 and again.dropped.num_rows == 30
+    with pytest.raises(UserError, match="the pool holds 40 images"):
+        sample_random(pool, 41)

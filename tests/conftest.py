@@ -5,9 +5,13 @@ import logging
 import pytest
 
 
+_LOGGER = logging.getLogger("dinov2cli")
+_BEFORE = _LOGGER.handlers[:], _LOGGER.level, _LOGGER.propagate
+
+
 @pytest.fixture(autouse=True)
 def _package_logger():
-    logger = logging.getLogger("dinov2cli")
-    before = logger.handlers[:], logger.level, logger.propagate
+    # Before the test too: a fixture of a whole module may have run a command since the last one.
+    _LOGGER.handlers[:], _LOGGER.level, _LOGGER.propagate = _BEFORE
     yield
-    logger.handlers[:], logger.level, logger.propagate = before
+    _LOGGER.handlers[:], _LOGGER.level, _LOGGER.propagate = _BEFORE

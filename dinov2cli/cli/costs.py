@@ -34,8 +34,10 @@ def cost_facts(costs: "Sequence[Cost]", plan: "PlanConfig", rows: int) -> dict[s
     for stage in dict.fromkeys(cost.stage for cost in costs):
         same = [cost for cost in costs if cost.stage == stage]
         times = f"{len(same)} times " if len(same) > 1 else ""
-        seconds, memory, disk = duration(same[0].seconds), amount(same[0].memory), amount(same[0].disk)
-        facts[f"cost of {stage}"] = f"{times}{seconds}, {memory} of memory, {disk} of disk ({same[0].assumed})"
+        facts[f"cost of {stage}"] = (
+            f"{times}{duration(same[0].seconds)}, {amount(same[0].memory)} of memory, {amount(same[0].disk)} of disk "
+            f"({same[0].assumed})"
+        )
     total = f"{duration(sum(cost.seconds for cost in costs))} on {where} for {rows:,} images, to a factor of two; "
     memory, disk = max(cost.memory for cost in costs), sum(cost.disk for cost in costs)
     facts["cost"] = f"{total}memory {amount(memory)} a process, disk {amount(disk)}"

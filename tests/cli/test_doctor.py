@@ -31,4 +31,4 @@ def test_images_that_are_not_there(dinov2, tmp_path):
 
 def test_bench_data_takes_images_and_others_do_not(dinov2, photos):
     done = dinov2("bench", "knn", photos)
-    assert done.code == 2 and "only `bench data` takes images" in done.err
+    assert done.code == 2 and "but only data, search, kmeans, hash, copies take any" in done.err

@@ -4,7 +4,6 @@ import logging
 
 import pytest
 
-
 _LOGGER = logging.getLogger("dinov2cli")
 _BEFORE = _LOGGER.handlers[:], _LOGGER.level, _LOGGER.propagate
 

@@ -3,6 +3,7 @@
 Rows point back to the images; where they were packed, the directory holds them too (see `packed.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,13 @@ def write_selection(
     groups: pa.Table | None = None,
     hits: pa.Table | None = None,
     report: str | None = None,
+    before_finish: Callable[[], None] | None = None,
     **extra: Any,
 ) -> Manifest:
     """Write the tables (and the HTML report) of a selection and finish the output; `rows` counts the kept images.
 
-    `hits` holds every (query, image) pair behind a retrieval.
+    `hits` holds every (query, image) pair behind a retrieval. `before_finish` is called when all is written and only
+    the manifest is left: to remove what a run that continues would need.
 
     Raises ValueError when a table lacks a column of the format.
     """
@@ -79,6 +82,8 @@ def write_selection(
         out.write_table("hits.parquet", hits)
     if report is not None:
         out.write_text("report.html", report)
+    if before_finish is not None:
+        before_finish()
     return out.finish(rows=kept.num_rows, kept=kept.num_rows, dropped=dropped.num_rows, **extra)
 
 

@@ -38,7 +38,8 @@ def run(
     Raises InputError for a set without images.
     """
     del device
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or cores
     with tempfile.TemporaryDirectory(prefix="dinov2-bench-") as name:
         folder = Path(name)
         _photographs(folder, images, seed) if data is None else _sample(data, folder, images, seed)

@@ -31,7 +31,7 @@ _MODE = (
     "clusters; also hierarchical), balanced-kmeans (clusters of bounded size), semdedup (drop look-alikes) or random."
 )
 _INCLUDE = "Also keep the images of the query sets themselves."
-_TARGET = "Number of images to keep."
+_TARGET = "Number of images of the pool to keep."
 _MODEL = "Embed images with this model where IN or a query has no embeddings."
 
 
@@ -144,12 +144,12 @@ def run_curate(
 
         def write() -> "Manifest":
             html = curate_report(found, images(), title=f"Images chosen from {data}", coverage=coverage, queries=opened)
-            parts.remove()
             return write_selection(
                 out,
                 kept=found.kept,
                 dropped=found.dropped,
                 report=html,
+                before_finish=parts.remove,
                 hits=found.hits,
                 summary=found.summary,
                 **packed,
@@ -256,6 +256,7 @@ def _with_queries(
         [QueryImages(each.name, opened.table(), each.vectors) for each, opened in joined],
         threshold=config.include_threshold,
         seed=config.seed,
+        memory=config.memory,
         ranks=ranks,
     )
     return found, lambda: images_of_all(collection.images(), [opened.images() for _, opened in joined])

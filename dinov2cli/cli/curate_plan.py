@@ -82,7 +82,7 @@ def _expected(work: Work, config: "CurateConfig") -> dict[str, Any]:
         facts["index"] = index
         costs.append(cost)
     clusters = {
-        "balanced": (config.levels or default_levels(rows))[0],
+        "balanced": (config.levels or default_levels(rows, target=config.target_size))[0],
         "balanced-kmeans": config.clusters or default_levels(rows)[0],
         "semdedup": config.clusters or pruning.default_clusters(rows),
     }.get(work.mode, (config.clusters or query_sets.default_clusters(rows)) if "cluster" in asked else 0)

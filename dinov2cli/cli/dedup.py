@@ -18,7 +18,7 @@ _AGAINST = "Also drop images that this set (evaluation images, say) already hold
 _COMPONENTS = "With --against: drop all that is joined to a match, as the paper does."
 _TIERS = "exact, perceptual, geometric, embedding: which comparisons to make; default: all that the input allows."
 _MODEL = "Embed images with this model for the embedding tier; sscd:FILE and onnx:FILE too."
-_VERIFY = "none, or geometric: look at local features, pair by pair; finds crops and pages, vetoes look-alikes."
+_VERIFY = "none, or geometric: look at local features; finds crops and pages, vetoes look-alikes within IN."
 _CALIBRATE = "Measure the thresholds on altered copies of a sample of your own images."
 _BACKGROUND = "Unrelated images: similarity to them is subtracted (score normalisation)."
 
@@ -148,13 +148,13 @@ def run_dedup(
                 profile=result.profile,
                 calibration=result.calibration,
             )
-            parts.remove()
             return write_selection(
                 out,
                 kept=chosen.kept,
                 dropped=chosen.dropped,
                 groups=chosen.groups,
                 report=html,
+                before_finish=parts.remove,
                 summary=chosen.summary,
                 **result.facts,
                 **packed,

@@ -25,6 +25,7 @@ def opened(data: str, against: list[str], config: "DedupConfig", talk: "Talk") -
     """Open all inputs. Raises as `open_collection` does, and UserError for tiers that the input does not allow."""
     from dinov2cli.cli.selecting import embedding_model
     from dinov2cli.curation.collection import open_collection
+    from dinov2cli.errors import UserError
 
     collection = open_collection(data)
     references = [open_collection(name) for name in against]
@@ -32,6 +33,11 @@ def opened(data: str, against: list[str], config: "DedupConfig", talk: "Talk") -
     background = open_collection(config.background) if config.background else None
     if "embedding" not in tiers:
         _refuse_idle(config)
+    if config.background and config.threshold is None and not config.calibrate:
+        raise UserError(
+            "--background changes the scale of similarities, so no threshold is known for them; give --calibrate, "
+            "which measures one, or --threshold"
+        )
     everything = [collection, *references, *([background] if background else [])]
     inputs = [c.fingerprint for c in everything]
     inputs += embedding_model(config, [*everything] if "embedding" in tiers else [])
@@ -86,11 +92,22 @@ def _refuse_idle(config: "DedupConfig") -> None:
         )
 
 
+def _untrained(model: str | None) -> bool:
+    """Whether a MODEL is the name of an architecture, and so has random weights."""
+    from pathlib import Path
+
+    from dinov2cli.models.registry import parse_architecture
+
+    return model is not None and not Path(model).exists() and parse_architecture(model) is not None
+
+
 def _tiers(config: "DedupConfig", collection: "Collection", talk: "Talk") -> list[str]:
     """The tiers to run: as asked, else those the input allows without decoding images that were decoded before."""
     from dinov2cli.errors import UserError
 
     embedded = collection.vectors is not None or config.model is not None
+    if config.model is not None and collection.vectors is not None:
+        talk.warn(f"{collection.spec} holds embeddings, which are used: the model of -m is not, except for other sets")
     if config.tiers is not None:
         if "embedding" in config.tiers and not embedded:
             raise UserError(
@@ -105,9 +122,10 @@ def _tiers(config: "DedupConfig", collection: "Collection", talk: "Talk") -> lis
             f"no model given: copies are found by bytes, pixels and perceptual hash{missed}; -m MODEL adds similarity"
         )
         return ["exact", "perceptual", *local]
-    if collection.random:
+    if collection.random or (collection.vectors is None and _untrained(config.model)):
         talk.warn(
-            "these embeddings come from random weights and tell copies from look-alikes badly; using hashes instead"
+            "embeddings of random weights tell copies from look-alikes badly; using hashes instead "
+            "(--tiers embedding takes them nevertheless)"
         )
         return ["exact", "perceptual", *local]
     pixels = [] if collection.vectors is not None and not local else ["perceptual"]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from dinov2cli.search.vectors import Float32, Int64, Vectors
 
 
+_UNITS = {"compare hashes": "hashes", "pairs": "pairs"}
+
+
 @dataclass
 class Result:
     """What was found, with what the report and the manifest say of it."""
@@ -60,7 +63,7 @@ class _Run:
 
 def found(work: "Work", path: Path, parts: "Parts", config: "DedupConfig", talk: "Talk", ranks: Ranks) -> Result:
     """Run all stages; what each finishes is kept in `parts`, embeddings beside them."""
-    with talk.stages() as progress:
+    with talk.stages(_UNITS) as progress:
         return _found(work, path, _Run(config, talk, ranks, parts, progress))
 
 
@@ -69,7 +72,9 @@ def _found(work: "Work", path: Path, run: "_Run") -> Result:
     from dinov2cli.curation.profile import similarity_profile
 
     config, talk, ranks = run.config, run.talk, run.ranks
+    given = work.collection
     work = _embedded(work, path, run)
+    unreadable = _left_out(given, work.collection)
     collection = work.collection
     vectors = collection.vectors if "embedding" in work.tiers else None
     bias = _bias(work, run)
@@ -90,6 +95,9 @@ def _found(work: "Work", path: Path, run: "_Run") -> Result:
         fingerprints=prints,
         local=local,
         confirm=config.verify == "geometric",
+        exact="exact" in work.tiers,
+        search_local="geometric" in work.tiers,
+        unreadable=unreadable,
         thresholds=thresholds,
         k=config.neighbours,
         max_component=config.max_component,
@@ -109,7 +117,7 @@ def _found(work: "Work", path: Path, run: "_Run") -> Result:
         facts["calibration"] = calibration.facts()
     profile = None
     if vectors is not None and bias is None:
-        profile = similarity_profile(vectors, thresholds.embedding, seed=config.seed, ranks=ranks)
+        profile = similarity_profile(vectors, thresholds.embedding, seed=config.seed, memory=config.memory, ranks=ranks)
     return Result(collection, work.references, pool, chosen, profile, calibration, facts)
 
 
@@ -131,6 +139,14 @@ def _embedded(work: "Work", path: Path, run: "_Run") -> "Work":
     references = [like_first(one, f"reference_embeddings_{i}") for i, one in enumerate(work.references)]
     background = like_first(work.background, "background_embeddings") if work.background else None
     return replace(work, collection=first, references=references, background=background)
+
+
+def _left_out(given: "Collection", embedded: "Collection") -> list[str]:
+    """Ids of images that could not be read when they were embedded just now, and so have no row."""
+    if given.pool is not None or embedded.pool is None:
+        return []
+    there = set(embedded.pool.column("id").to_pylist())
+    return [name for name in given.images().ids if name not in there]
 
 
 def _bias(work: "Work", run: "_Run") -> Any:
@@ -251,7 +267,14 @@ def _fingerprinted(
     )
     if "perceptual" not in tiers:
         prints = prints.exact_only()
-    return pool_from_images(images, prints) if collection.pool is None else collection.pool, prints
+    if collection.pool is None:
+        return pool_from_images(images, prints), prints
+    pool = collection.pool
+    if "sharpness" not in pool.column_names:
+        import pyarrow as pa
+
+        pool = pool.append_column("sharpness", pa.array(prints.sharpness))
+    return pool, prints
 
 
 def _pixels_of_both(

@@ -47,13 +47,7 @@ def with_vectors(
 
     settings = None if like is None or like.embeddings is None else like.embeddings.manifest.config
     if collection.vectors is not None:
-        if like is not None and like.embeddings is not None and collection.embeddings is not None:
-            ours, theirs = _made_by(collection), _made_by(like)
-            if ours != theirs:
-                raise InputError(
-                    f"{collection.spec} was embedded by {ours}, {like.spec} by {theirs}; expected the same model: "
-                    "embed one of them again"
-                )
+        _same_model(collection, collection.spec, like)
         if like is not None and like.vectors is not None and collection.vectors.dim != like.vectors.dim:
             raise InputError(
                 f"{collection.spec} holds vectors of length {collection.vectors.dim}, {like.spec} of length "
@@ -73,7 +67,21 @@ def with_vectors(
         )
     run_embed(collection.spec, place, embed_config, talk.inner(), ranks=ranks)
     embedded = open_collection(str(place))
+    _same_model(embedded, collection.spec, like)
     return replace(embedded, spec=collection.spec, fingerprint=collection.fingerprint)
+
+
+def _same_model(collection: "Collection", spec: str, like: "Collection | None") -> None:
+    """Raise InputError unless both were embedded by one model: the weights behind a path may have changed since."""
+    from dinov2cli.errors import InputError
+
+    if like is None or like.embeddings is None or collection.embeddings is None:
+        return
+    ours, theirs = _made_by(collection), _made_by(like)
+    if ours != theirs:
+        raise InputError(
+            f"{spec} was embedded by {ours}, {like.spec} by {theirs}; expected the same model: embed one of them again"
+        )
 
 
 def pictures(collection: "Collection", talk: "Talk") -> "ImageSource | None":

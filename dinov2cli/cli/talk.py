@@ -91,9 +91,9 @@ class Talk:
             lines.close()
 
     @contextlib.contextmanager
-    def stages(self) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    def stages(self, units: Mapping[str, str] | None = None) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         """Show the progress of stages one after another; yields what gives a stage, by name, the function that a core
-        function tells (units done so far, units in all)."""
+        function tells (units done so far, units in all). `units` names those of stages that do not count images."""
         with contextlib.ExitStack() as shown:
 
             def stage(label: str) -> Callable[[int, int], None]:
@@ -104,7 +104,11 @@ class Talk:
                     nonlocal tell
                     if tell is None:
                         shown.close()  # whatever came before has ended
-                        tell = absolute(shown.enter_context(self.progress(label, total, started=started)))
+                        tell = absolute(
+                            shown.enter_context(
+                                self.progress(label, total, (units or {}).get(label, "images"), started=started)
+                            )
+                        )
                     tell(done, total)
                     if done >= total:
                         shown.close()

@@ -108,8 +108,8 @@ def _embeddings_behind(manifest: Manifest) -> Embeddings | None:
 
 
 def _subset(embeddings: Embeddings, kept: pa.Table, location: str) -> SubsetVectors:
-    row_of = {name: row for row, name in enumerate(embeddings.metadata(["id"]).column("id").to_pylist())}
-    rows = np.array([row_of.get(name, -1) for name in kept.column("id").to_pylist()], dtype=np.int64)
+    found = pc.index_in(kept.column("id"), value_set=embeddings.metadata(["id"]).column("id"), skip_nulls=True)
+    rows = np.asarray(found.fill_null(-1).to_numpy(), dtype=np.int64)
     if (rows < 0).any():
         raise InputError(
             f"{location}: {int((rows < 0).sum())} of its {len(rows)} images are not in {embeddings.path}, which it was "

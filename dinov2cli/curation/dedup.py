@@ -17,7 +17,7 @@ from dinov2cli.curation.resolve import (
     resolve_groups,
 )
 from dinov2cli.curation.summary import dedup_messages, dedup_summary
-from dinov2cli.curation.tables import Curated, kept_table, other_rows
+from dinov2cli.curation.tables import Curated, dropped_table, kept_table, other_rows
 from dinov2cli.curation.thresholds import Thresholds, rules
 from dinov2cli.curation.tiers import Keys, Reference, Tier, exact_tier, perceptual_tier, reference_matches
 from dinov2cli.distributed import ALONE, Ranks
@@ -49,6 +49,9 @@ def dedup(
     fingerprints: Fingerprints | None = None,
     local: Local | None = None,
     confirm: bool = False,
+    exact: bool = True,
+    search_local: bool = True,
+    unreadable: Sequence[str] = (),
     thresholds: Thresholds | None = None,
     k: int = 64,
     max_component: int = MAX_COMPONENT,
@@ -67,14 +70,16 @@ def dedup(
     exact ones. fingerprints: digests and perceptual hashes of the same rows; local: their local features; vectors:
     embeddings of the same rows. Each tier runs where its input is there. Two images are joined when their bytes or
     pixels are equal, their hashes are near each other, rare local features agree in place, or their cosine is above the
-    threshold and one is among the k nearest of the other (METHOD.md section 1); with `confirm` a cosine alone joins
-    nothing, local features must agree too. Of each component the largest image stays, of equally large ones the
+    threshold and one is among the k nearest of the other (METHOD.md section 1). Without `exact` or `search_local` equal
+    files, or what local features find by themselves, join nothing; with `confirm` a cosine alone joins nothing within
+    the pool, local features must agree too. Of each component the largest image stays, of equally large ones the
     sharpest, then the lowest id. Components above `max_component` are cut at a higher threshold; with
     `min_representative` a member that no edge joins to the image kept, and whose cosine to it is not above that value,
     leaves the component.
 
     against: rows that match one of these sets directly are dropped first; with `against_components` all that is joined
-    to such a row goes too, which is the paper's form. search: further arguments of `similarity_edges`.
+    to such a row goes too, which is the paper's form. unreadable: ids of images that have no row in the pool. search:
+    further arguments of `similarity_edges`.
 
     The kept set does not depend on the order of the pool. The ranks share every search, and all get the result; a
     `store` keeps what blocks found. Raises UserError without any tier to run, or for a threshold outside (0, 1].
@@ -93,18 +98,19 @@ def dedup(
     priority = keep_order(pool)
     shared: dict[str, Any] = {"store": store, "ranks": ranks}
     said = progress or _quietly
-    tiers = [] if sha256 is None else [exact_tier("bytes", sha256, priority)]
-    if fingerprints is not None:
+    tiers = [] if sha256 is None or not exact else [exact_tier("bytes", sha256, priority)]
+    if fingerprints is not None and exact:
         tiers.append(exact_tier("pixels", fingerprints.pixels, priority))
-    exact = _copies(rows, tiers)
+    copies = _copies(rows, tiers)
     if fingerprints is not None:
-        near = hash_edges(fingerprints.hashes, radius=at.hash_radius, progress=said("compare hashes"), **shared)
+        asks = {"radius": at.hash_radius, "priority": priority, "progress": said("compare hashes"), **shared}
+        near = hash_edges(fingerprints.hashes, **asks)
         tiers.append(perceptual_tier(near, at.hash_radius))
-    if local is not None:
+    if local is not None and search_local:
         tiers.append(local.tier([tier.edges for tier in tiers]))
     if vectors is not None:
         found = {"k": k, "seed": seed, "progress": said("compare embeddings"), **shared, **(search or {})}
-        tier = _embedding_tier(vectors, at.embedding, exact, rows, **found)
+        tier = _embedding_tier(vectors, at.embedding, copies, rows, **found)
         tiers.append(tier.only(local.confirms(tier.edges)) if local is not None and confirm else tier)
     matches = None
     if against:
@@ -112,20 +118,22 @@ def dedup(
             rows,
             against,
             threshold=at.against,
-            sha256=sha256,
-            pixels=fingerprints.pixels if fingerprints else None,
+            sha256=sha256 if exact else None,
+            pixels=fingerprints.pixels if fingerprints and exact else None,
             hashes=fingerprints.hashes if fingerprints else None,
             hash_radius=at.hash_radius,
             vectors=vectors,
-            bias=(search or {}).get("bias"),
-            memory=(search or {}).get("memory"),
+            **{name: value for name, value in (search or {}).items() if name in ("bias", "index", "nprobe", "memory")},
             seed=seed,
             progress=said("compare with the reference"),
             ranks=ranks,
         )
     edges = join_tiers(tiers)
-    unreadable = sorted(fingerprints.unreadable) if fingerprints else []
-    gone, parts = drop_outright(pool, edges, matches, against, unreadable, against_components)
+    bad = sorted(fingerprints.unreadable) if fingerprints else []
+    gone, parts = drop_outright(pool, edges, matches, against, bad, against_components)
+    if unreadable:
+        names = pa.table({"id": pa.array(list(unreadable), pa.string())})
+        parts.append(dropped_table(names, np.arange(len(unreadable)), reason="unreadable"))
     edges = edges.take(~gone[edges.src] & ~gone[edges.dst])
     label, alive, recuts = cut_components(rows, edges.src, edges.dst, edges.strength, max_size=max_component)
     edges = edges.take(alive)
@@ -134,8 +142,8 @@ def dedup(
         label, edges, left = _without_chains(label, edges, priority, as_vectors(vectors), min_representative)
     groups = resolve_groups(pool, edges, label, gone, priority)
     dropped = pa.concat_tables([*parts, groups.dropped])
-    summary = dedup_summary(rows, len(groups.kept), dropped, groups.sizes, tiers, recuts)
-    summary |= {"rules": rules(tiers, at, k=k), "left_chains": left}
+    summary = dedup_summary(rows + len(unreadable), len(groups.kept), dropped, groups.sizes, tiers, recuts)
+    summary |= {"rules": rules(tiers, at, k=k, normalised=(search or {}).get("bias") is not None), "left_chains": left}
     return Curated(
         kept=kept_table(pool, groups.kept),
         dropped=dropped,

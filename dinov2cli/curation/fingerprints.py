@@ -191,17 +191,29 @@ def _assembled(rows: Chunk, total: int) -> Fingerprints:
 def _may_be_equal(prints: Fingerprints, other: Fingerprints | None) -> npt.NDArray[np.int64]:
     """Rows of `prints` that some (other) row of `other` may equal pixel by pixel, sorted."""
     size, theirs = (p.width.astype(np.int64) << 32 | p.height for p in (prints, other or prints))
-    flat, flat_theirs = (_without_hash(p) for p in (prints, other or prints))
-    rows, found = near_twins(prints.hashes, (other or prints).hashes, itself=other is None)
+    code, ours = _distinct(prints)
+    single = ours if other is None else _distinct(other)[1]
+    flat, flat_theirs = _without_hash(prints, ours), _without_hash(other or prints, single)
+    tables = [p.hashes.views(np.isin(p.hashes.owner, s)) for p, s in ((prints, ours), (other or prints, single))]
+    rows, found = near_twins(*tables, itself=other is None)
     rows = rows[size[rows] == theirs[found]]
     sizes, counts = np.unique(theirs[flat_theirs], return_counts=True)
     common = sizes[counts > (1 if other is None else 0)]
-    return np.union1d(rows, flat[np.isin(size[flat], common)])
+    rows = np.union1d(rows, flat[np.isin(size[flat], common)])
+    return np.flatnonzero(np.isin(code, code[rows]) & (prints.width > 0))
 
 
-def _without_hash(prints: Fingerprints) -> npt.NDArray[np.int64]:
-    """Rows that can be read but have no hash of the whole image."""
-    none = np.ones(len(prints), dtype=bool)
+def _distinct(prints: Fingerprints) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """A number for every content of a file [N], and the first row of each: what is equal byte by byte, be it ten
+    thousand files, need not be compared by its pixels."""
+    _, first, code = np.unique([digest or "" for digest in prints.sha256], return_index=True, return_inverse=True)
+    return code.astype(np.int64), np.sort(first).astype(np.int64)
+
+
+def _without_hash(prints: Fingerprints, among: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Those rows `among` others that can be read but have no hash of the whole image."""
+    none = np.zeros(len(prints), dtype=bool)
+    none[among] = True
     none[prints.hashes.owner[prints.hashes.whole]] = False
     return np.flatnonzero(none & (prints.width > 0))
 

@@ -35,5 +35,5 @@ class LocalMatcher:
 
         `key` stands for the reference.
         """
-        settings = replace(self.settings, key=f"{self.settings.key} {key}")
+        settings = replace(self.settings, reference_key=key)
         return geometric_matches(self.images, reference, settings=settings)

@@ -47,6 +47,7 @@ def similarity_profile(
     pairs: int = 12,
     neighbours: int = 8,
     seed: int = 0,
+    memory: int | None = None,
     ranks: Ranks = ALONE,
 ) -> SimilarityProfile:
     """Compare a sample of rows with all others, exactly, as many as a bounded amount of work allows.
@@ -60,7 +61,7 @@ def similarity_profile(
         return SimilarityProfile(threshold, 0, np.zeros(BINS, dtype=np.int64), [], [], None)
     size = int(np.clip(_FLOPS / (2 * rows * max(1, source.dim)), _LEAST, _MOST))
     chosen = sample_rows(rows, size, seed)
-    index = build_index(source, index="flat")
+    index = build_index(source, index="flat", memory=memory)
     found: list[tuple[Int64, Int64, Float32]] = []
     best = np.full(len(chosen), -1.0, dtype=np.float32)
     # One more than asked, for each row finds itself.

@@ -116,6 +116,9 @@ def prune_semantic(
         "chosen_eps": target_size is not None,
     }
     chosen = ", chosen for the target" if target_size is not None else ""
+    what = f"the others have a cosine above {1 - eps:.4f} to one kept"
+    if target_size is not None:
+        what = "the others are most like images kept"
     return Curated(
         kept=kept_table(pool, rows, extra),
         dropped=dropped_table(
@@ -129,8 +132,8 @@ def prune_semantic(
         rows=rows,
         summary=summary,
         messages=[
-            f"kept {len(rows):,} of {source.rows:,} images: the others have a cosine above {1 - eps:.4f} to one kept "
-            f"in their cluster ({k:,} clusters, eps {eps:.4f}{chosen})"
+            f"kept {len(rows):,} of {source.rows:,} images: {what} in their cluster ({k:,} clusters, eps {eps:.4f}"
+            f"{chosen})"
         ],
     )
 

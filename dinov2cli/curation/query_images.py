@@ -36,6 +36,7 @@ def include_queries(
     *,
     threshold: float | None = None,
     seed: int = 0,
+    memory: int | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Curated, list[Int64]]:
     """`found` with the images of the query sets behind the retrieved ones, and which rows [J] of each set joined.
@@ -63,7 +64,7 @@ def include_queries(
         if threshold is not None:
             for others in vectors:
                 if others.rows:
-                    similarity, _ = best_match(own, others, seed=seed, ranks=ranks)
+                    similarity, _ = best_match(own, others, seed=seed, memory=memory, ranks=ranks)
                     known |= similarity > threshold
         new = np.flatnonzero(~known)
         table = _fitting(_named(query, ids, new), schema)

@@ -39,9 +39,12 @@ def ask_samples(
 
     ks = [min(query.k, built.rows) for query in queries]
     asked = ask(ks)
+    before = -1
     while target_size is not None and any(k < built.rows for k in ks):
-        if len(np.unique(np.concatenate([others, *(a.rows for a in asked)]))) >= target_size:
+        now = len(np.unique(np.concatenate([others, *(a.rows for a in asked)])))
+        if now >= target_size or now == before:
             break
+        before = now
         more = [min(2 * k, built.rows) for k in ks]
         if sum(k * len(query.ids) for k, query in zip(more, queries, strict=True)) > _MOST_PAIRS:
             break
@@ -93,18 +96,22 @@ def _blocks(
     ranks: Ranks,
 ) -> Iterator[tuple[int, Float32, Int64]]:
     """The neighbours of a block of queries after the other: start, cosine [n, k], row [n, k] (-1 for none)."""
+    source = as_vectors(query.vectors)
     if built.shards > 1:  # searched shard by shard for many queries at once: no block is finished before the last shard
         for found in neighbour_blocks(built, query.vectors, k, progress=progress, ranks=ranks):
+            block = source.block(found.start, found.start + len(found.row))
+            found.row[~block.any(axis=1)] = -1
             yield found.start, found.similarity, found.row
         return
-    source = as_vectors(query.vectors)
     stage = None
     if store is not None:
         effort = {"nprobe": built.report.nprobe, "k_factor": built.report.k_factor}
         stage = store.stage(f"samples-{number}", {**built.plan.key, **effort, "k": k, "queries": source.rows})
 
     def work(start: int) -> Arrays:
-        similarity, row = built.search(source.block(start, min(start + QUERY_ROWS, source.rows)), k)
+        block = source.block(start, min(start + QUERY_ROWS, source.rows))
+        similarity, row = built.search(block, k)
+        row[~block.any(axis=1)] = -1  # a row of zeros resembles nothing
         return {"similarity": similarity, "row": row}
 
     blocks = over_blocks(kept(work, stage), source.rows, QUERY_ROWS, progress=progress, ranks=ranks)

@@ -44,7 +44,7 @@ def sample_balanced(
     """
     source = as_vectors(vectors, unit=spherical)
     _check(source.rows, target_size, strategy)
-    chosen_levels = list(levels) if levels else default_levels(source.rows)
+    chosen_levels = list(levels) if levels else default_levels(source.rows, target=target_size)
     tree = fit_hierarchy(
         source,
         chosen_levels,

@@ -60,16 +60,17 @@ def choose_thresholds(
     return Thresholds(radius, first, second, "as asked" if embedding is not None else origin)
 
 
-def rules(tiers: Sequence[Tier], thresholds: Thresholds, *, k: int) -> list[dict[str, Any]]:
+def rules(tiers: Sequence[Tier], thresholds: Thresholds, *, k: int, normalised: bool = False) -> list[dict[str, Any]]:
     """What every comparison that ran asks for, in words, with how many pairs it found."""
     bits = thresholds.hash_radius
+    what = "cosine, less how near both are to the background," if normalised else "cosine"
     words = {
         "bytes": "the files are equal byte by byte",
         "pixels": "the decoded images are equal pixel by pixel",
         "perceptual": f"perceptual hashes differ in at most {bits} of {BITS} bits, in some orientation, and small "
         "colour pictures of both agree",
         "geometric": "rare local features agree in place over a large part of both, and so do the pixels there",
-        "embedding": f"cosine above {thresholds.embedding:g} ({thresholds.origin}) and one among the {k} nearest of "
+        "embedding": f"{what} above {thresholds.embedding:g} ({thresholds.origin}) and one among the {k} nearest of "
         "the other",
     }
     return [{"tier": tier.name, "edges": len(tier.edges), "rule": words[tier.name]} for tier in tiers]

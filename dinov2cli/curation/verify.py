@@ -13,7 +13,7 @@ each candidate pair; see search/local_features.py, local_candidates.py and local
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,9 @@ class Settings:
 
     most: features of an image; k: candidates of an image; threshold: share of texture that must agree (see
     search/local_verify.py); workers: threads; memory: bytes, or None; scratch: folder for a temporary file where
-    features do not fit; store, key: where finished blocks are kept, and which images they are of (a fingerprint of
-    the source; with a reference, of both); progress(stage) gives the callback of a stage: "features", "candidates",
-    "pairs".
+    features do not fit; store, key, reference_key: where finished blocks are kept, and which images they are of
+    (fingerprints of the source and of the reference, where there is one); progress(stage) gives the callback of a
+    stage: "features", "candidates", "pairs".
     """
 
     most: int = MOST
@@ -64,6 +64,7 @@ class Settings:
     scratch: Path | None = None
     store: Store | None = None
     key: str = ""
+    reference_key: str = ""
     progress: Callable[[str], Progress | None] = _unseen
     ranks: Ranks = ALONE
 
@@ -115,12 +116,10 @@ def geometric_search(source: Images, *, known: Sequence[Edges] = (), settings: S
 
 
 def geometric_matches(source: Images, reference: Images, *, settings: Settings = DEFAULTS) -> tuple[Float32, Int64]:
-    """For every image the reference image that it shows again: similarity [N], row [N]; -inf and -1 where none.
-
-    `settings.key` stands for both sets.
-    """
-    ours = local_features(source, settings=settings, name="source")
-    theirs = local_features(reference, settings=settings, name="reference")
+    """For every image the reference image that it shows again: similarity [N], row [N]; -inf and -1 where none."""
+    # The features of the source are the same for every reference.
+    ours = local_features(source, settings=replace(settings, reference_key=""), name="source")
+    theirs = local_features(reference, settings=replace(settings, key=""), name="reference")
     candidates = local_candidates(
         ours,
         theirs,
@@ -203,7 +202,7 @@ def _key(settings: Settings, name: str, *parts: np.ndarray) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(np.ascontiguousarray(part).tobytes())
-    return f"{name} {settings.key} {settings.most} {digest.hexdigest()[:16]}"
+    return f"{name} {settings.key} {settings.reference_key} {settings.most} {digest.hexdigest()[:16]}"
 
 
 def _first_of(groups: Int64) -> npt.NDArray[np.bool_]:

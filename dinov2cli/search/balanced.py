@@ -148,6 +148,8 @@ def _auction(wishes: _Wishes, room: Int64) -> tuple[Int64, Float32]:
     n = len(wishes.cluster)
     step = max(_STEP * float(wishes.distance[:, 0].mean(dtype=np.float64)), 1e-6)
     price = np.where(room > 0, 0.0, np.inf)
+    # Where all that is listed is equally far, a row must still bid once, or nobody would ever be placed.
+    limit = np.maximum(wishes.outside, wishes.distance[:, 0] + 2 * step)
     held, paid = np.full(n, -1, dtype=np.int64), np.zeros(n)
     asking = np.arange(n, dtype=np.int64)
     for _ in range(_ROUNDS):
@@ -157,9 +159,9 @@ def _auction(wishes: _Wishes, room: Int64) -> tuple[Int64, Float32]:
         best = cost.argmin(axis=1)
         at = np.arange(len(asking))
         first = cost[at, best]
-        stays = first < wishes.outside[asking]
+        stays = first < limit[asking]
         cost[at, best] = np.inf
-        second = np.minimum(cost.min(axis=1), wishes.outside[asking])
+        second = np.minimum(cost.min(axis=1), limit[asking])
         wanted = wishes.cluster[asking, best].astype(np.int64)
         # Where there is nothing else to go to, any price will do.
         offer = np.where(np.isfinite(second), second - first + price[wanted] + step, np.inf)

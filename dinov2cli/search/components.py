@@ -181,6 +181,7 @@ def cut_components(
     recuts = [
         Recut(int(first), int(before), round(float(last_bar[first]), 6), int(largest[first]))
         for first, before in zip(big, was_size, strict=True)
+        if largest[first] < before  # many true copies are no chain, and nothing was cut
     ]
     return label, alive, recuts
 

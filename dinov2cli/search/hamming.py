@@ -44,6 +44,7 @@ MIN_CORRELATION_OF_PAGES = 0.96
 
 _QUERY_ROWS = 8192
 _TWIN_BITS = 16
+_PAIRS = 1 << 16
 _TWIN_LEVELS = 6.0
 
 
@@ -94,6 +95,7 @@ def hash_edges(
     table: HashTable,
     *,
     radius: int = RADIUS,
+    priority: Int64 | None = None,
     progress: Progress | None = None,
     store: Store | None = None,
     ranks: Ranks = ALONE,
@@ -103,9 +105,10 @@ def hash_edges(
 
     The bits alone join images that show little but one soft edge; their thumbnails in colour tell them apart.
     Similarity is 1 - bits / 256. Images with the very same hash are joined in a star and searched once, so that a
-    thousand copies make a thousand edges, not half a million. The ranks share the search, and all get all edges.
+    thousand copies make a thousand edges, not half a million; its centre is the image of the lowest `priority` [N].
+    The ranks share the search, and all get all edges.
     """
-    first, star = _identical(table)
+    first, star = _identical(table, priority)
     small = table.views(first == np.arange(len(first)))
     parts = [star]
     for a, b, bits in _matches(small, small, radius, progress, store, ranks):
@@ -153,20 +156,25 @@ def near_twins(table: HashTable, reference: HashTable, *, itself: bool) -> tuple
         one += start
         near = ours.owner[one] != theirs.owner[other] if itself else np.ones(len(one), bool)
         one, other = one[near], other[near]
-        differ = np.abs(ours.thumbs[one].astype(np.int16) - theirs.thumbs[other]).mean(axis=(1, 2, 3))
-        rows.append(ours.owner[one[differ <= _TWIN_LEVELS]])
-        found.append(theirs.owner[other[differ <= _TWIN_LEVELS]])
+        for first in range(0, len(one), _PAIRS):
+            x, y = one[first : first + _PAIRS], other[first : first + _PAIRS]
+            differ = np.abs(ours.thumbs[x].astype(np.int16) - theirs.thumbs[y]).mean(axis=(1, 2, 3))
+            rows.append(ours.owner[x[differ <= _TWIN_LEVELS]])
+            found.append(theirs.owner[y[differ <= _TWIN_LEVELS]])
     return np.concatenate(rows), np.concatenate(found)
 
 
-def _identical(table: HashTable) -> tuple[Int64, Edges]:
-    """For every view the first view with the same hash, and the edges from its image to those of the others."""
+def _identical(table: HashTable, priority: Int64 | None) -> tuple[Int64, Edges]:
+    """For every view the first view with the same hash, by the priority of its image [N] or its row, and the edges from
+    that image to those of the others."""
     views = np.arange(len(table.owner), dtype=np.int64)
     if not len(views):
         return views, make_edges([], [], [])
     keys = table.bits.view(f"V{HASH_BYTES}").ravel()
-    _, where, back = np.unique(keys, return_index=True, return_inverse=True)
-    first = where[back]
+    order = views if priority is None else np.argsort(priority[table.owner], kind="stable")
+    _, where, back = np.unique(keys[order], return_index=True, return_inverse=True)
+    first = np.empty_like(views)
+    first[order] = order[where[back]]
     copies = np.flatnonzero(first != views)
     same = _look_alike(table, copies, table, first[copies], *np.zeros((2, len(copies)), np.int64))
     first[copies[~same]] = copies[~same]
@@ -214,7 +222,10 @@ def _look_alike(
     table: HashTable, one: Int64, reference: HashTable, found: Int64, orientation: Int64, bits: npt.NDArray[Any]
 ) -> npt.NDArray[np.bool_]:
     """Whether views `one` [M] of table, in an orientation each, and `found` [M] of reference agree to the eye."""
-    whole, drawn = agreement(table.thumbs[one], reference.thumbs[found], orientation)
+    whole, drawn = (np.zeros(len(one), np.float32) for _ in range(2))
+    for first in range(0, len(one), _PAIRS):
+        part = slice(first, first + _PAIRS)
+        whole[part], drawn[part] = agreement(table.thumbs[one[part]], reference.thumbs[found[part]], orientation[part])
     sure = bits <= SURE_RADIUS
     pages = (table.kind[one] == FRAMED) & (reference.kind[found] == FRAMED)
     plain = (table.kind[one] == WHOLE) | (reference.kind[found] == WHOLE)

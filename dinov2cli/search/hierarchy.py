@@ -100,6 +100,7 @@ def fit_hierarchy(
         "spherical": spherical,
     }
     key = {"rows": points.rows, "dim": points.dim, "levels": list(levels), "resample_steps": resample_steps}
+    key["memory"] = memory  # a tight limit starts fits from fewer rows
     stage = None if store is None else store.stage("hierarchy", key | settings | {"seed": seed, "split": split_above})
     where: dict[str, Any] = {"device": device, "memory": memory, "ranks": ranks}
     result: list[Level] = []

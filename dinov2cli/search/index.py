@@ -173,7 +173,13 @@ def build_index(
             report = _report_from(found, plan, memory)
             return _kept_trained(report.plan, source, seed, store), report
         built = _tuned(plan, source, asked, threshold, seed, store)
-        if plan.kind == "ivf_codes" and built.report.reached is False and built.report.recall < _HOPELESS:
+        if (
+            plan.kind == "ivf_codes"
+            and not plan.fixed
+            and built.report.reached is False
+            and built.report.recall < _HOPELESS
+        ):
+            built._held = None  # one index at a time
             built = _tuned(without_codes(plan, memory), source, asked, threshold, seed, store)
         if stage is not None:
             stage.save(0, {"report": _as_bytes(built.report)})

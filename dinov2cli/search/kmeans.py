@@ -90,12 +90,15 @@ def fit_kmeans(
         return KMeans(source.block(0, k), spherical, 0.0, k, converged=True)  # every row its own centroid
     where = str(device or "cpu")
     threads = Threads(where)
-    room = room_for(size, source.dim, k, memory, per_row=8 if sampled else 0, threads=threads.count)
+    # Of one rank for all: other blocks on a machine with other cores would share the rows out twice, or not at all.
+    room = ranks.first(
+        lambda: room_for(size, source.dim, k, memory, per_row=8 if sampled else 0, threads=threads.count)
+    )
     short = float(size) * k * source.dim <= _SHORT and room.keep
     plan = _passes(size, k, iterations, nested)
     key = {"rows": size, "dim": source.dim, "k": k, "plan": plan, "tolerance": tolerance, "spherical": spherical}
-    key |= {"init": init, "block": room.block, "short": short}
     limit = (memory or 3 << 30) // (48 * source.dim)  # a quarter of the memory, with copies
+    key |= {"init": init, "block": room.block, "short": short, "start": min(limit, size)}
     rows = Rows(source, room, seed=seed, device=where)
     best: KMeans | None = None
     for one in range(max(1, starts)):
@@ -151,8 +154,7 @@ class _Fitting:
     turn: int = 0
 
     def run(self, start: Float32) -> KMeans:
-        at, work, splits, centroids = self._resume(start)
-        last, converged = float("inf"), False
+        at, work, splits, centroids, last, converged = self._resume(start)
         while at < len(self.plan):
             part = self.plan[at]
             total, count, error = self.passes.run(centroids, part)
@@ -164,7 +166,7 @@ class _Fitting:
             centroids = moved
             if converged:  # go on with the next larger part
                 at, last = next((i for i in range(at, len(self.plan)) if self.plan[i] != part), len(self.plan)), np.inf
-            self._keep(at, work, splits, centroids)
+            self._keep(at, work, splits, centroids, last, converged)
             if self.progress is not None:
                 self.progress(at, len(self.plan))
         _, count, error = self.passes.run(centroids, EIGHTHS)
@@ -172,24 +174,25 @@ class _Fitting:
         empty = int((count == 0).sum())
         return KMeans(centroids, self.passes.spherical, error / rows, rows, empty, splits, work, converged)
 
-    def _resume(self, start: Float32) -> tuple[int, float, int, Float32]:
-        def latest() -> tuple[int, float, int, Float32]:
+    def _resume(self, start: Float32) -> tuple[int, float, int, Float32, float, bool]:
+        def latest() -> tuple[int, float, int, Float32, float, bool]:
             slots = [None, None] if self.stage is None else [self.stage.load(slot) for slot in (0, 1)]
             found = [(float(state["progress"][0]), slot) for slot, state in enumerate(slots) if state is not None]
             if not found:
-                return 0, 0.0, 0, start
+                return 0, 0.0, 0, start, float("inf"), False
             newest = max(found)[1]
             self.turn = 1 - newest
             state = slots[newest]
             assert state is not None
-            at, work, splits = np.asarray(state["progress"], dtype=np.float64)
-            return int(at), float(work), int(splits), np.asarray(state["centroids"], dtype=np.float32)
+            at, work, splits, last, converged = np.asarray(state["progress"], dtype=np.float64)
+            centroids = np.asarray(state["centroids"], dtype=np.float32)
+            return int(at), float(work), int(splits), centroids, float(last), bool(converged)
 
         return self.passes.ranks.first(latest)
 
-    def _keep(self, at: int, work: float, splits: int, centroids: Float32) -> None:
+    def _keep(self, at: int, work: float, splits: int, centroids: Float32, last: float, converged: bool) -> None:
         """Keep the state in the older of two places, so that one is whole at any moment."""
         if self.stage is not None and self.passes.ranks.main:
-            where = np.array([at, work, splits], dtype=np.float64)
+            where = np.array([at, work, splits, last, converged], dtype=np.float64)
             self.stage.save(self.turn, {"centroids": centroids, "progress": where})
             self.turn = 1 - self.turn

@@ -253,7 +253,8 @@ def _matches(codes: Float32, inverted: _Inverted, vocabulary: Vocabulary) -> tup
         near = _bits(signature[query] ^ inverted.signature[position]) <= MAX_BITS
         found.append((query[near], inverted.owner[position[near]].astype(np.int64)))
         at = to
-    return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
+    none = np.zeros(0, dtype=np.int64)
+    return np.concatenate([none, *(f[0] for f in found)]), np.concatenate([none, *(f[1] for f in found)])
 
 
 def _bits(values: Uint64) -> npt.NDArray[np.integer]:

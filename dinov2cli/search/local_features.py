@@ -52,6 +52,8 @@ _FIELDS = (("xy", np.uint16, (2,)), ("scale", np.float16, ()), ("angle", np.uint
 _PER_IMAGE = (("count", np.int64, ()), ("extent", np.float32, (2,)), ("thumbs", np.uint8, (THUMB, THUMB)))
 BYTES_PER_IMAGE = MOST * (4 + 2 + 1 + WIDTH) + 16 + THUMB * THUMB
 
+_MEMORY = 8 << 30
+
 
 @dataclass(frozen=True)
 class LocalFeatures:
@@ -110,8 +112,8 @@ def extract_local_features(
         rows: how many images there are.
         most: features kept of an image: the strongest of each part of it.
         side: pictures larger than this are shrunk to it.
-        memory: bytes; where the features would take more than a quarter of it, they lie in an unnamed file that the
-            system reads as needed.
+        memory: bytes (8 GiB if None); where the features would take more than a quarter of it, they lie in an
+            unnamed file that the system reads as needed.
         scratch: folder of that file; the system's own for temporary files unless given.
         store, key: finished blocks are kept there; `key` says which images these are (their fingerprint).
         progress, ranks: as everywhere; the ranks share the images, and all get all features.
@@ -132,7 +134,7 @@ def extract_local_features(
         def block(start: int) -> Arrays:
             return _stacked(list(threads.map(one, range(start, min(start + BLOCK, rows)))))
 
-        spill = memory is not None and rows * most * (BYTES_PER_IMAGE // MOST) > memory // 4
+        spill = rows * most * (BYTES_PER_IMAGE // MOST) > (_MEMORY if memory is None else memory) // 4
         found = over_blocks(kept(block, stage), rows, BLOCK, progress=progress, ranks=ranks)
         before = cv2.getNumThreads()
         cv2.setNumThreads(1)  # images side by side use the cores better than parts of one

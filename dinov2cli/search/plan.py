@@ -164,6 +164,11 @@ def _flat(common: dict[str, Any], memory: int | None, reason: str) -> IndexPlan:
     # Filling the copy takes a block of scratch; past the room the rows pass by in blocks for every block of queries.
     size = {"process": PROCESS_BYTES, "vectors": whole if whole <= room else min(whole, 4 * FILL_ROWS * dim)}
     size["search"] = _scratch(dim, 0, common["k"], 1)
+    if memory is not None and sum(size.values()) > memory:
+        raise UserError(
+            f"memory: found {memory / 1e9:.2g} GB; expected at least {sum(size.values()) / 1e9:.2g} GB for vectors of "
+            f"{dim}; raise the limit"
+        )
     more = "" if whole <= room else "; read in blocks, for they do not fit in memory"
     return IndexPlan(
         kind="flat",

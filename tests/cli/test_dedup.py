@@ -220,7 +220,7 @@ def test_vectors_that_cannot_be_compared_are_refused(dinov2, unit, tmp_path):
     done = dinov2("dedup", tmp_path / "nan", "-o", tmp_path / "n")
     assert done.code == 3 and "row 7 holds NaN" in done.err, done.err
     made_embeddings(tmp_path / "few", unit[:2])
-    done = dinov2("dedup", tmp_path / "e", "-o", tmp_path / "b", "--background", tmp_path / "few")
+    done = dinov2("dedup", tmp_path / "e", "-o", tmp_path / "b", "--background", tmp_path / "few", "--threshold", "0.3")
     assert done.code == 2 and "found 2 background images; expected at least 3" in done.err, done.err
 
 
@@ -272,6 +272,6 @@ def test_a_copy_detection_model_brings_the_published_thresholds(dinov2, altered,
     extra = read_manifest(tmp_path / "d").extra
     assert (extra["thresholds"]["embedding"], extra["thresholds"]["against"]) == (0.6, 0.45)
     assert "copy-detection" in extra["thresholds"]["origin"]
-    assert done.json["kept"] == 0 and {r["tier"] for r in rows(tmp_path / "d")} == {"bytes"}
+    assert done.json["kept"] == 0 and {r["tier"] for r in rows(tmp_path / "d")} == {"embedding"}
     vectors = np.load(tmp_path / "d" / "embeddings" / "img_emb" / "img_emb_0000.npy")
     assert vectors.shape == (5, 512)

@@ -279,6 +279,7 @@ def main(folder: Path) -> None:
     """The fits in this process of a launch, written to RANK.json."""
     ranks = join("cpu")
     (folder / f"{ranks.rank}.json").write_text(json.dumps(fits(ranks)))
+    ranks.wait()  # a rank that goes while another is still writing may be taken for lost
     leave()
 
 

@@ -355,4 +355,5 @@ def search_with(ranks: Ranks, path: Path) -> None:
 if __name__ == "__main__":
     ranks = join("cpu")
     search_with(ranks, Path(sys.argv[1]) / str(ranks.rank))
+    ranks.wait()  # a rank that goes while another is still writing may be taken for lost
     leave()

@@ -8,7 +8,7 @@ from dinov2cli.search.edges import join_edges, make_edges
 from dinov2cli.search.index import build_index
 from dinov2cli.search.neighbours import best_match, edge_blocks, neighbour_blocks, similarity_edges, top_k
 from dinov2cli.search.normalise import background_bias
-from dinov2cli.search.plan import PROCESS_BYTES, ivf_factory
+from dinov2cli.search.plan import ivf_factory
 from dinov2cli.search.vectors import ArrayVectors, as_vectors, sample_rows
 
 
@@ -61,11 +61,11 @@ def test_vectors_of_any_length_are_compared_by_cosine():
 
 
 def test_exact_search_in_blocks_is_the_same_as_in_one(monkeypatch):
-    x = mixture(3000, 16, 2)
+    x = mixture(40_000, 16, 2)
     whole = build_index(x, index="flat")
     monkeypatch.setattr("dinov2cli.search.index.FILL_ROWS", 1024)
     source = ShardedHalf(x, 500)
-    blocked = build_index(source, index="flat", memory=PROCESS_BYTES)
+    blocked = build_index(source, index="flat", memory=whole.plan.peak_bytes - (1 << 20))
     a, b = whole.search(x[:50], 7), blocked.search(x[:50], 7)
     assert source.largest <= 1024  # never all rows at once
     np.testing.assert_allclose(a[0], b[0], atol=2e-3)  # float16 rows

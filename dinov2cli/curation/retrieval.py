@@ -93,6 +93,8 @@ def retrieve(
     answers = [a for a in asked if a is not None]
     rows = _joined([a.rows for a in answers], target_size)
     unheard = _unheard(by_cluster, found)
+    if not len(rows) and not by_cluster:
+        raise UserError("retrieval: no query image resembles any image of the pool; are their vectors all zeros?")
     if not len(rows):
         nothing = "the clusters in which the query sets are at home hold no image of the pool; use fewer clusters"
         raise UserError(f"cluster retrieval: {unheard[0] if unheard else nothing}")

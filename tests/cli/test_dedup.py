@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from dinov2cli.artifacts.embeddings import EmbeddingsWriter
 from dinov2cli.artifacts.manifest import read_manifest
 from dinov2cli.artifacts.output import Output
 from dinov2cli.curation.copies import altered_file
 from dinov2cli.data.decode import decode_image
+from dinov2cli.errors import WorkError
 
 EDITS = ("crop50", "screenshot", "reencode", "exact")
 
@@ -275,3 +276,83 @@ def test_a_copy_detection_model_brings_the_published_thresholds(dinov2, altered,
     assert done.json["kept"] == 0 and {r["tier"] for r in rows(tmp_path / "d")} == {"embedding"}
     vectors = np.load(tmp_path / "d" / "embeddings" / "img_emb" / "img_emb_0000.npy")
     assert vectors.shape == (5, 512)
+
+
+def test_images_without_any_feature_do_not_end_local_search(dinov2, tmp_path):
+    pytest.importorskip("cv2")
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for number in range(70):  # more than a block of them
+        Image.new("RGB", (40, 40), (number, 90, 90)).save(folder / f"{number:02d}.png")
+    done = dinov2("dedup", folder, "-o", tmp_path / "d", "--verify", "geometric", "--workers", "0", "--json", "-q")
+    assert done.code == 0 and done.json["kept"] == 70, done.err
+
+
+def test_the_sharper_of_two_copies_stays_also_with_embeddings(dinov2, photos, altered, tmp_path):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    pixels = decode_image((altered / "0.jpg").read_bytes(), name="")
+    blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1.5))
+    blurred.save(folder / "a-soft.png")
+    (folder / "b-sharp.jpg").write_bytes((altered / "0.jpg").read_bytes())
+    tiers = ["--tiers", "exact,perceptual,embedding"]
+    done = dinov2("dedup", folder, "-m", "tiny", "-o", tmp_path / "d", *tiers, "--workers", "0", "--json", "-q")
+    assert done.code == 0, done.err
+    assert [r["id"] for r in rows(tmp_path / "d", "kept")] == ["b-sharp.jpg"]
+
+
+def test_a_model_without_training_is_not_trusted_and_unreadable_images_are_listed(dinov2, altered, tmp_path):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.jpg").write_bytes((altered / f"{number}.jpg").read_bytes())
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    done = dinov2("dedup", folder, "-m", "tiny", "-o", tmp_path / "d", "--workers", "0", "--json")
+    assert done.code == 0 and "using hashes instead" in done.err, done.err
+    assert done.json["kept"] == 8
+    done = dinov2(
+        *("dedup", folder, "-m", "tiny", "-o", tmp_path / "e", "--tiers", "exact,embedding", "--threshold", "0.999999"),
+        *("--workers", "0", "--json"),
+    )
+    assert done.code == 0, done.err
+    assert [(r["id"], r["reason"]) for r in rows(tmp_path / "e") if r["reason"] == "unreadable"] == [
+        ("broken.jpg", "unreadable")
+    ]
+    assert done.json["kept"] + done.json["dropped"] == 9
+
+
+def test_only_the_tiers_asked_for_join_anything(dinov2, unit, tmp_path):
+    """Two rows are the same file, and unlike in their vectors."""
+    made_embeddings(tmp_path / "e", unit[:100])
+    file = next((tmp_path / "e" / "metadata").glob("*.parquet"))
+    table = pq.read_table(file)
+    digests = table.column("sha256").to_pylist()
+    digests[1] = digests[0]
+    pq.write_table(table.set_column(table.column_names.index("sha256"), "sha256", pa.array(digests)), file)
+    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    manifest["files"][f"metadata/{file.name}"]["size"] = file.stat().st_size
+    (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
+    for tiers, kept in (("exact", 99), ("embedding", 100), ("exact,embedding", 99)):
+        out = tmp_path / tiers
+        done = dinov2("dedup", tmp_path / "e", "-o", out, "--tiers", tiers, "--json", "-q")
+        assert done.code == 0 and done.json["kept"] == kept, (tiers, done.err)
+
+
+def test_a_background_needs_a_threshold_of_its_own(dinov2, unit, tmp_path):
+    made_embeddings(tmp_path / "e", unit)
+    done = dinov2("dedup", tmp_path / "e", "-o", tmp_path / "d", "--background", tmp_path / "e")
+    assert done.code == 2 and "changes the scale of similarities" in done.err
+
+
+def test_work_is_kept_where_the_result_cannot_be_written(dinov2, altered, tmp_path, monkeypatch):
+    """A disk that fills while the tables are written: the parts are still there for the next try."""
+
+    def full(*_, **__):
+        raise WorkError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write_table", full)
+        done = dinov2("dedup", altered, "-o", tmp_path / "d", "--workers", "0", "-q")
+    assert done.code == 1 and list((tmp_path / "d" / "parts").glob("*/*.npz"))
+    done = dinov2("dedup", altered, "-o", tmp_path / "d", "--workers", "0", "-q")
+    assert done.code == 0 and not (tmp_path / "d" / "parts").exists()

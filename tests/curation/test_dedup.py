@@ -228,3 +228,44 @@ def test_pairs_that_local_features_do_not_confirm_join_nothing(planted):
     assert [r["reason"] for r in both.dropped.to_pylist()].count("geometric") == 1
     assert [rule["tier"] for rule in both.summary["rules"]] == ["geometric", "embedding"]
     assert [rule["edges"] for rule in both.summary["rules"]] == [1, 20]
+
+
+def test_the_bias_of_every_row_is_its_own_beside_exact_copies(make_pool, random_vectors):
+    """Rows 0 and 1 are one file: what is searched skips one of them, and the biases of the others must not shift."""
+    x = random_vectors(6)
+    vectors = np.concatenate([x[:1], x[:1], x[1:2], near(x[1:2], 0.8, 1), x[2:3], near(x[2:3], 0.8, 2)])
+    pool = make_pool(6, sha256=["a", "a", "b", "c", "d", "e"])
+    bias = np.array([0, 0, 0.3, 0.3, 0, 0], dtype=np.float32)  # the pair (2, 3) scores 0.5, (4, 5) scores 0.8
+    result = dedup(pool, vectors=vectors, thresholds=Thresholds(embedding=0.6), search={"bias": bias})
+    assert sorted(r["id"] for r in result.dropped.to_pylist()) == ["img-00001", "img-00005"]
+    assert "less how near" in result.summary["rules"][-1]["rule"]
+    reference = Reference(ids=["r"], vectors=near(x[1:2], 0.8, 3))
+    at = Thresholds(embedding=0.99, against=0.6)
+    kept = dedup(pool, vectors=vectors, thresholds=at, against=[reference], search={"bias": bias})
+    assert not any(r["reason"] == "against" for r in kept.dropped.to_pylist())  # 0.8 less 0.3
+    plain = dedup(pool, vectors=vectors, thresholds=at, against=[reference])
+    assert any(r["reason"] == "against" for r in plain.dropped.to_pylist())
+
+
+def test_rows_without_a_digest_equal_nothing(make_pool, random_vectors):
+    pool = make_pool(4, sha256=["", "", None, None])
+    assert dedup(pool, vectors=random_vectors(4)).dropped.num_rows == 0
+    reference = Reference(ids=["r"], sha256=[""])
+    assert dedup(pool, vectors=random_vectors(4), against=[reference]).dropped.num_rows == 0
+
+
+def test_many_true_copies_are_no_chain(make_pool):
+    result = dedup(make_pool(30, sha256=["a"] * 30), max_component=10)
+    assert result.kept.num_rows == 1 and not result.summary["recut"]
+    assert not any("chain" in line for line in result.messages)
+
+
+def test_the_first_reference_that_matches_is_named(make_pool, random_vectors):
+    x = random_vectors(3)
+    sets = [
+        Reference(ids=["t0"], name="tests", vectors=near(x[:1], 0.9, 4)),
+        Reference(ids=["v0", "v1"], name="val", vectors=np.concatenate([x[:1], x[1:2]])),
+    ]
+    result = dedup(make_pool(3), vectors=x, thresholds=Thresholds(against=0.8), against=sets)
+    found = [(r["id"], r["reference"], r["duplicate_of"]) for r in result.dropped.to_pylist()]
+    assert found == [("img-00000", "tests", "t0"), ("img-00001", "val", "v1")]

@@ -243,3 +243,12 @@ def test_finished_blocks_of_equally_large_sets_are_not_mixed_up(make_pool, rando
         assert again.kept.equals(plain.kept) and again.hits.equals(plain.hits)
         assert (store.loads > 0) == bool(turn)
     assert len(store.blocks) == store.loads == 5  # two searches, the pool's clusters, two sets' clusters
+
+
+def test_a_query_of_zeros_resembles_nothing(make_pool, random_vectors):
+    x = random_vectors(30)
+    queries = np.concatenate([np.zeros((2, x.shape[1]), np.float32), x[3:4]])
+    found = retrieve(make_pool(30), x, [QuerySet("q", queries, ["a", "b", "c"], mode="sample", k=2)])
+    assert set(found.hits.column("query_id").to_pylist()) == {"c"}
+    with pytest.raises(UserError, match="no query image resembles any image of the pool"):
+        retrieve(make_pool(30), x, [QuerySet("q", queries[:2], ["a", "b"], mode="sample", k=2)])

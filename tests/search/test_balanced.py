@@ -80,3 +80,12 @@ def test_identical_rows_share_the_clusters():
     kmeans = KMeans(np.eye(3, dtype=np.float32), True, 0.0, 0)
     assert balanced_assign(x, kmeans, 30).sizes(3).tolist() == [30, 30, 30]
     assert len(balanced_assign(x[:0], kmeans, 1).label) == 0
+
+
+def test_rows_that_are_all_alike_are_placed_all_the_same():
+    """Nearest centroids that are all equally far must not stop the auction."""
+    x = np.random.default_rng(0).standard_normal((1500, 8)).astype(np.float32)
+    x[:1400] = x[0]
+    kmeans, found = fit_balanced(x, 60, slack=1.0, rounds=1, iterations=3)
+    assert found.sizes(kmeans.k).max() <= 25
+    assert (found.label >= 0).all()

@@ -8,7 +8,7 @@ then `python tests/bench/test_curation_page.py` brings the page up to date. An o
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -47,18 +47,19 @@ def made(folder: Path, rows: int) -> Path:
 
 
 def ran(command: list[str]) -> tuple[dict, float, float]:
-    """The JSON that a command prints, its seconds, and its peak memory in MB (of its largest process)."""
+    """The JSON that a command prints, its seconds, and its peak memory in MB."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "dinov2cli", *command, "--json"], stdout=subprocess.PIPE)
-    text, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"dinov2 {' '.join(command)} ended with {process.returncode}")
-    seconds = time.perf_counter() - started
-    return json.loads(text), seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"dinov2 {' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+    return json.loads(text), time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
 def scale() -> list[dict]:
-    """Whole runs of dedup and of curation over 1,000 clusters, smallest first: the peak is that of all children."""
+    """Whole runs of dedup and of curation over 1,000 clusters, smallest first."""
     found = []
     with tempfile.TemporaryDirectory(prefix="curation-") as name:
         folder = Path(name)
@@ -98,7 +99,7 @@ def scale() -> list[dict]:
 def main() -> None:
     """Run the parts asked for and keep their outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="DATA for hash and copies; default: made from the demo's photographs")
+    parser.add_argument("--images", help="DATA for copies; default: made from the demo's photographs")
     parser.add_argument("parts", nargs="*", metavar="PART")
     asked = parser.parse_args()
     unknown = set(asked.parts) - {*BENCHES, "scale"}
@@ -109,7 +110,7 @@ def main() -> None:
         if part == "scale":
             figures[part] = scale()
         else:
-            data = [asked.images] if asked.images and part in ("hash", "copies") else []
+            data = [asked.images] if asked.images and part == "copies" else []
             figures[part], _, _ = ran(["bench", part, *data])
             figures[part]["data_name"] = Path(asked.images).parent.name if data else "made for it"
         FILE.write_text(json.dumps(figures, indent=1, default=float) + "\n")

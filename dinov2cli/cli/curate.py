@@ -121,6 +121,7 @@ def run_curate(
     from dinov2cli.cli.curate_plan import plan_facts
     from dinov2cli.cli.frame import check_output, open_output, result_fields
     from dinov2cli.cli.query_sets import identity
+    from dinov2cli.cli.selecting import pictures
     from dinov2cli.curation.retrieval_tables import table_lines
     from dinov2cli.report.curate import curate_report
 
@@ -143,7 +144,9 @@ def run_curate(
         found, packed = packing.pack_found(out, images, found, config, talk, ranks)
 
         def write() -> "Manifest":
-            html = curate_report(found, images(), title=f"Images chosen from {data}", coverage=coverage, queries=opened)
+            shown = pictures(images, talk)
+            asked = {name: open_ for name, open_ in opened.items() if pictures(open_, talk) is not None}
+            html = curate_report(found, shown, title=f"Images chosen from {data}", coverage=coverage, queries=asked)
             return write_selection(
                 out,
                 kept=found.kept,

@@ -142,9 +142,9 @@ def run_dedup(
             html = dedup_report(
                 chosen,
                 result.pool,
-                pictures(result.collection, talk),
+                pictures(result.collection.images, talk),
                 title=f"Duplicates in {data}",
-                references={one.spec: pictures(one, talk) for one in result.references},
+                references={one.spec: pictures(one.images, talk) for one in result.references},
                 profile=result.profile,
                 calibration=result.calibration,
             )

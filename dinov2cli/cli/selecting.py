@@ -1,5 +1,6 @@
 """What `dedup` and `curate` share: embeddings for inputs that come as images."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,12 +85,12 @@ def _same_model(collection: "Collection", spec: str, like: "Collection | None") 
         )
 
 
-def pictures(collection: "Collection", talk: "Talk") -> "ImageSource | None":
-    """The images behind a collection for its report; None, which the user is told, where they cannot be opened."""
+def pictures(images: "Callable[[], ImageSource]", talk: "Talk") -> "ImageSource | None":
+    """The images for a report; None, which the user is told, where they cannot be opened."""
     from dinov2cli.errors import InputError
 
     try:
-        return collection.images()
+        return images()
     except InputError as error:
         talk.say(f"the report has no pictures: {error}")
         return None

@@ -19,15 +19,14 @@ _PER_CLUSTER = 8
 
 def curate_report(
     found: Curated,
-    images: ImageSource,
+    images: ImageSource | None,
     *,
     title: str,
     coverage: Coverage | None = None,
     queries: Opened | None = None,
-    figures: bool = True,
 ) -> str:
     """The page of a curate run as HTML text; `images` are the images that `found.rows` count in, `queries` open those
-    of the query sets."""
+    of the query sets. Without `images` what needs their pixels is left out."""
     joined = found.summary.get("included", {}).get("images", 0)
     kept = found.kept.num_rows - joined
     total = kept + found.dropped.num_rows
@@ -44,13 +43,13 @@ def curate_report(
         ]
     report.summary(found.messages, tiles=tiles)
     add_query_sets(report, found.summary)
-    if figures:
+    if images is not None:
         add_examples(report, found.hits, images, queries or {})
     if coverage is not None:
         _coverage(report, coverage)
     column = _cluster_column(found.kept)
     if column is None:
-        if figures and kept:
+        if images is not None and kept:
             sample = thumbnails(images, spread(found.rows.tolist(), 4 * _PER_CLUSTER))
             rows = [("", sample[i : i + _PER_CLUSTER]) for i in range(0, len(sample), _PER_CLUSTER)]
             if rows:
@@ -60,7 +59,7 @@ def curate_report(
     sizes = np.unique(labels[labels >= 0], return_counts=True)[1]
     if len(sizes):
         report.section("Chosen images per cluster").figure(cluster_sizes(sizes))
-    clusters = cluster_samples(labels, found.rows, images) if figures else []
+    clusters = cluster_samples(labels, found.rows, images) if images is not None else []
     if clusters:
         report.section(
             "Samples per cluster",

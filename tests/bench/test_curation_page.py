@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from dinov2cli.search.cost import Machines, amount, duration, estimate
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "curation.md"
 FIGURES = json.loads((ROOT / "benchmarks" / "curation.json").read_text())
@@ -68,7 +70,29 @@ def speed() -> list[str]:
     ]
 
 
-TABLES = {"copies": copies, "scale": scale, "speed": speed}
+def model() -> list[str]:
+    """1.2 billion images on clusters and on one machine, by the cost model: nothing of it was run."""
+    where = {
+        "20 × 8 V100": Machines(gpus=160, kind="V100"),
+        "8 H100": Machines(gpus=8, kind="H100"),
+        "64 CPU cores": Machines(cores=64),
+    }
+    costs = {name: estimate(1_200_000_000, 512, machines=machines) for name, machines in where.items()}
+    lines = [
+        "The same model for 1.2 billion images and vectors of 512 numbers; nothing of this table was run:",
+        "",
+        "| stage | " + " | ".join(where) + " | disk |",
+        "| --- |" + " --- |" * (len(where) + 1),
+    ]
+    for row in zip(*costs.values(), strict=True):
+        lines.append(
+            f"| {row[0].stage} | " + " | ".join(duration(c.seconds) for c in row) + f" | {amount(row[0].disk)} |"
+        )
+    assumed = "; ".join(f"{c.stage}: {c.assumed}" for c in costs["20 × 8 V100"])
+    return [*lines, "", f"Assumed for the first column: {assumed}."]
+
+
+TABLES = {"copies": copies, "scale": scale, "speed": speed, "model": model}
 
 
 def updated(page: str) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 from dinov2cli.artifacts.parts import PartStage
 from dinov2cli.cli.main import run
 from dinov2cli.data.source import open_source
+from tests.cli.test_dedup import made_embeddings
 
 HERE = ["--workers", "0", "--device", "cpu"]
 
@@ -245,3 +246,15 @@ def test_identical_images_curate_like_others(dinov2, sets, tmp_path):
         done = dinov2("curate", tmp_path / "e", "-o", tmp_path / name, *more, *HERE)
         assert done.code == 0, (name, done.err)
         assert kept(tmp_path / name).num_rows == 10
+
+
+def test_no_picture_is_no_obstacle(dinov2, tmp_path):
+    """Embeddings of images that are nowhere: a choice and a report without pictures."""
+    vectors = np.random.default_rng(0).standard_normal((80, 8)).astype(np.float32)
+    made_embeddings(tmp_path / "e", vectors)
+    made_embeddings(tmp_path / "q", vectors[:4])
+    queries = ["--query", f"{tmp_path / 'q'}?neighbours=3"]
+    for name, options in (("b", ["--target-size", 10]), ("r", queries)):
+        done = dinov2("curate", tmp_path / "e", "-o", tmp_path / name, *options, *HERE)
+        assert done.code == 0 and "the report has no pictures" in done.err, done.err
+        assert "<image" not in (tmp_path / name / "report.html").read_text()

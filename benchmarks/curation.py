@@ -112,6 +112,8 @@ def main() -> None:
         else:
             data = [asked.images] if asked.images and part == "copies" else []
             figures[part], _, _ = ran(["bench", part, *data])
+            if data:  # its place on this machine is nobody's business
+                figures[part]["data"] = "/".join(Path(asked.images).parts[-2:])
             figures[part]["data_name"] = Path(asked.images).parent.name if data else "made for it"
         FILE.write_text(json.dumps(figures, indent=1, default=float) + "\n")
 

@@ -63,10 +63,9 @@ def array_embedder(
     import torch
 
     from dinov2cli.config import EmbedConfig
-    from dinov2cli.data.decode import resize_center_crop
+    from dinov2cli.data.decode import resize_center_crop, resize_square
     from dinov2cli.device import choose_device, choose_precision
     from dinov2cli.evaluation.features import extract
-    from dinov2cli.evaluation.squares import resize_square
     from dinov2cli.models.load import load_model
 
     assert collection.embeddings is not None

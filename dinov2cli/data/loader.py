@@ -13,7 +13,7 @@ import torch
 
 from dinov2cli.data.bad import BadImage, BadImages
 from dinov2cli.data.crop_loader import CropLoader
-from dinov2cli.data.decode import MAX_PIXELS, decode_image, resize_center_crop
+from dinov2cli.data.decode import MAX_PIXELS, decode_image, resize_center_crop, resize_square
 from dinov2cli.data.ring import Ring, forks
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.workers import DEADLY, Hand, Pool
@@ -69,15 +69,20 @@ def read_ranges(
     resize: int,
     crop: int,
     workers: int,
+    square: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Reading]:
-    """One Reading per range, in order; the arguments are those of `iterate_images`. Counts and reports nothing."""
+    """One Reading per range, in order; the arguments are those of `iterate_images`. Counts and reports nothing.
+
+    square: images become squares of `crop` pixels without keeping their aspect (`resize_square`), as descriptors ask.
+    """
     workers = min(workers, len(ranges))
     ahead = _AHEAD * workers
     longest = max((stop - first for first, stop in ranges), default=0)
     ring = Ring(ahead + 1, {"images": ((longest, 3, crop, crop), torch.uint8)}, forked=forks())
     tasks = [(number % ring.slots, *rows) for number, rows in enumerate(ranges)]
-    found = Pool(_RangeReader(source, resize, crop, max_pixels, ring), workers, ahead=ahead).run(tasks)
+    reader = _RangeReader(source, None if square else resize, crop, max_pixels, ring)
+    found = Pool(reader, workers, ahead=ahead).run(tasks)
     for (slot, _, _), (table, digests, failures) in zip(tasks, found, strict=True):
         # A copy: whoever asked for it may keep it, and the slot is soon written again.
         images = ring.slot(slot)["images"][: len(table)].clone()
@@ -124,7 +129,7 @@ class _RangeReader:
     """Turns (slot, first, stop) into images in the ring, a table of (row, width, height), digests and failures; runs in
     a worker."""
 
-    def __init__(self, source: ImageSource, resize: int, crop: int, max_pixels: int, ring: Ring) -> None:
+    def __init__(self, source: ImageSource, resize: int | None, crop: int, max_pixels: int, ring: Ring) -> None:
         self._source = source
         self._resize = resize
         self._crop = crop
@@ -150,7 +155,12 @@ class _RangeReader:
             except BadImage as error:
                 failures.append((error.name, error.reason))
                 continue
-            images[len(sizes)] = resize_center_crop(pixels, self._resize, self._crop)
+            images[len(sizes)] = self._fitted(pixels)
             sizes.append((row, pixels.shape[1], pixels.shape[0]))
             digests.append(hashlib.sha256(data).hexdigest())
         return np.array(sizes, dtype=np.int64).reshape(-1, 3), digests, failures
+
+    def _fitted(self, pixels: np.ndarray) -> torch.Tensor:
+        if self._resize is None:
+            return resize_square(pixels, self._crop)
+        return resize_center_crop(pixels, self._resize, self._crop)

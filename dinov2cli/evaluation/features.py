@@ -19,7 +19,6 @@ from dinov2cli.data.source import ImageSource
 from dinov2cli.device import autocast
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
-from dinov2cli.evaluation.squares import read_squares
 from dinov2cli.models.descriptors import Descriptor
 from dinov2cli.models.preprocess import Preprocess
 from dinov2cli.models.vit import VisionTransformer
@@ -173,10 +172,9 @@ def stream_features(
     What the block raises is raised by all ranks. Raises what `extract` raises, and InputError for too many unreadable.
     """
     mine = ranks.share(ranges)
-    if preprocess.square:
-        readings = read_squares(source, mine, side=preprocess.crop, workers=workers)
-    else:
-        readings = read_ranges(source, mine, resize=preprocess.resize, crop=preprocess.crop, workers=workers)
+    readings = read_ranges(
+        source, mine, resize=preprocess.resize, crop=preprocess.crop, square=preprocess.square, workers=workers
+    )
     own = _dealt(backbone, readings, preprocess=preprocess, **what)
     with ranks.gather(own, len(ranges)) as results:
         yield _counted(results, BadImages() if bad is None else bad, len(source))

@@ -6,6 +6,7 @@ number of ranks and additions on a GPU come to the same centroids, bit for bit.
 """
 
 import heapq
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from threading import Lock
@@ -29,6 +30,7 @@ EIGHTHS = 8
 """Parts that the rows are dealt into; the early iterations run over one, two or four of them."""
 
 _LIBRARIES = 400 << 20  # resident after numpy, Faiss and torch are loaded
+_HUGE_PAGES = 360 << 20  # what torch's large pages add to it, measured
 _SCORES = 4 * TILE * WIDTH + (16 << 20)  # of a tile, per thread
 _COPIES = 5  # of a block of rows, while it is read
 _SMALLEST, _LARGEST = 1024, 8192  # rows of a block
@@ -51,7 +53,8 @@ def room_for(rows: int, dim: int, k: int, memory: int | None, *, per_row: int = 
     centroids and the smallest blocks fit.
     """
     limit = _ASSUMED if memory is None else memory
-    left = limit - _LIBRARIES - 48 * k * dim - per_row * rows - threads * _SCORES
+    huge = _HUGE_PAGES if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else 0
+    left = limit - _LIBRARIES - huge - 48 * k * dim - per_row * rows - threads * _SCORES
     each = threads * _COPIES * 4 * dim
     if memory is not None and left < each * _SMALLEST:
         need = limit - left + each * _SMALLEST

@@ -5,7 +5,7 @@ else besides, that costs several times what it gains. Whole blocks are shared ou
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,5 +25,12 @@ class Threads:
         self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`work` of every item, in order; what it raises is raised here."""
-        return self._pool.map(work, items)
+        """`work` of every item, in order; what it raises is raised here, when no thread is at work any more."""
+        futures = [self._pool.submit(work, item) for item in items]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from dinov2cli.cli.frame import canonical_model
-from dinov2cli.data.decode import decode_image
+from dinov2cli.data.decode import decode_image, resize_square
+from dinov2cli.data.loader import read_ranges
 from dinov2cli.data.source import open_source
 from dinov2cli.errors import InputError, UserError
 from dinov2cli.evaluation.features import extract, stream_features
-from dinov2cli.evaluation.squares import read_squares, resize_square
 from dinov2cli.models.load import load_model
 from dinov2cli.models.onnx_descriptor import OnnxDescriptor
 from dinov2cli.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -146,7 +146,7 @@ def test_squares_are_read_in_order_with_what_could_not_be_read(workers, tmp_path
         Image.new("RGB", (30 + number, 50), (number * 40, 0, 9)).save(tmp_path / f"{number}.png")
     (tmp_path / "3.png").write_bytes(b"broken")
     source = open_source(str(tmp_path))
-    readings = list(read_squares(source, [(0, 2), (2, 4), (4, 6)], side=32, workers=workers))
+    readings = list(read_ranges(source, [(0, 2), (2, 4), (4, 6)], resize=32, crop=32, square=True, workers=workers))
     assert [list(reading.batch.index) for reading in readings] == [[0, 1], [2], [4, 5]]
     assert [len(reading.failures) for reading in readings] == [0, 1, 0]
     images = torch.cat([reading.batch.images for reading in readings])

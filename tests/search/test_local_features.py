@@ -1,5 +1,6 @@
 """Local features: planted transforms are found again, mirrored ones too; nothing is made of empty pictures."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -355,5 +356,5 @@ def search_with(ranks: Ranks, path: Path) -> None:
 if __name__ == "__main__":
     ranks = join("cpu")
     search_with(ranks, Path(sys.argv[1]) / str(ranks.rank))
-    ranks.wait()  # a rank that goes while another is still writing may be taken for lost
     leave()
+    os._exit(0)  # as the program does: Python's own exit may abort while threads of a process group end

@@ -7,8 +7,6 @@ from pydantic import Field
 from dinov2cli.config.common import Cosine, Count, CountOrZero, Memory, PlanConfig, Section, Share
 from dinov2cli.config.images import PackConfig
 
-RETRIEVAL = ("sample", "cluster")
-
 
 class QueryConfig(Section):
     """One query set: `data` as DATA, and what it asks for where that differs from the command's settings."""

@@ -46,6 +46,13 @@ class Room:
     keep: bool
 
 
+def least_memory(rows: int, dim: int, k: int, *, per_row: int = 0, threads: int = 1) -> int:
+    """Bytes of a process that runs k-means with the smallest blocks; `room_for` refuses less."""
+    huge = _HUGE_PAGES if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else 0
+    blocks = threads * (_SCORES + _COPIES * 4 * dim * _SMALLEST)
+    return _LIBRARIES + huge + 48 * k * dim + per_row * rows + blocks
+
+
 def room_for(rows: int, dim: int, k: int, memory: int | None, *, per_row: int = 0, threads: int = 1) -> Room:
     """Block size and whether all rows are kept as float32, such that the process stays below `memory` bytes.
 
@@ -53,15 +60,14 @@ def room_for(rows: int, dim: int, k: int, memory: int | None, *, per_row: int = 
     centroids and the smallest blocks fit.
     """
     limit = _ASSUMED if memory is None else memory
-    huge = _HUGE_PAGES if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else 0
-    left = limit - _LIBRARIES - huge - 48 * k * dim - per_row * rows - threads * _SCORES
-    each = threads * _COPIES * 4 * dim
-    if memory is not None and left < each * _SMALLEST:
-        need = limit - left + each * _SMALLEST
+    need = least_memory(rows, dim, k, per_row=per_row, threads=threads)
+    if memory is not None and memory < need:
         raise UserError(
             f"k-means of {rows} rows x {dim} into {k} clusters needs at least {need / 1e9:.2f} GB of memory, found "
-            f"{limit / 1e9:.2f} GB allowed; raise --memory or ask for fewer clusters"
+            f"{memory / 1e9:.2f} GB allowed; raise --memory or ask for fewer clusters"
         )
+    each = threads * _COPIES * 4 * dim
+    left = limit - need + each * _SMALLEST
     block = _LARGEST
     while block > _SMALLEST and (16 * block > rows or 2 * each * block > left):
         block //= 2

@@ -50,7 +50,7 @@ FORBIDDEN = {
     "data": ("train", "cli", "config", "models", "losses", "curation", "evaluation", "report"),
     "report": ("train", "cli", "config"),
     "curation": ("train", "cli", "config", "evaluation", "report"),
-    "evaluation": ("train", "cli", "config", "report"),
+    "evaluation": ("cli", "config", "report"),
     "train": ("cli", "config", "curation", "evaluation", "report"),
 }
 

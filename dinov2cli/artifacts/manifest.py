@@ -27,6 +27,7 @@ _KINDS = {
         "give it as a model: `dinov2 embed DATA -m RUN` or `dinov2 eval knn RUN`",
     ),
     "results": ("evaluation results", "dinov2 eval", "read its report.html or results.json"),
+    "comparison": ("a comparison of results", "dinov2 eval compare", "read its report.html or comparison.json"),
     "demo": ("a demo's output", "dinov2 demo", "give one of the directories inside it"),
 }
 

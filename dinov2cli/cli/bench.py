@@ -20,12 +20,15 @@ _BENCHES = {
     "hash": "images per second from files to perceptual hashes beside a textbook pHash",
     "copies": "precision and recall of dedup on altered copies made from your images, per kind of edit",
     "knn": "the k-NN classifier beside scikit-learn's",
+    "eval": "linear probe, k-NN and logistic regression on features beside products alone and scikit-learn's",
     "embed": "images per second from files to features, and the share of time spent waiting for images",
     "scaling": "memory, traffic and step time of the long recipes on 8 to 2,048 GPUs, modelled: nothing is timed",
     "ranks": "training steps over 2 or more processes of this machine beside one, and their memory beside the model's",
 }
 _TAKE_DATA = ("data", "search", "kmeans", "hash", "copies")
-_TAKE_ROWS = ("search", "kmeans", "components")
+_TAKE_ROWS = ("search", "kmeans", "components", "eval")
+_MODULES = {"eval": "evaluation"}
+"""Modules of `dinov2cli.bench` that are not called as their benchmark; the others are."""
 _HELP = "; ".join(f"{name}: {what}" for name, what in _BENCHES.items())
 
 
@@ -52,7 +55,10 @@ def bench(
     rows: Annotated[
         int | None,
         typer.Option(
-            "--rows", metavar="N", min=1000, help="search, kmeans, components: vectors (nodes); default 200000."
+            "--rows",
+            metavar="N",
+            min=1000,
+            help="search, kmeans, components: vectors (nodes), default 200000; eval: default 50000.",
         ),
     ] = None,
     reference: Annotated[
@@ -84,7 +90,7 @@ def bench(
     talk = Talk(json_output=json_output, quiet=quiet)
     talk.say(f"bench {name}: {_BENCHES[name]}")
     extra: dict[str, Any] = {"reference": True} if reference and name == "train" else {}  # the others always compare
-    module = importlib.import_module(f"dinov2cli.bench.{name.replace('-', '_')}")
+    module = importlib.import_module(f"dinov2cli.bench.{_MODULES.get(name, name.replace('-', '_'))}")
     if name == "scaling":
         extra["recipes"] = {recipe: _settings(recipe) for recipe in module.RECIPES}
     if name in _TAKE_DATA:

@@ -63,9 +63,8 @@ def array_embedder(
     import torch
 
     from dinov2cli.config import EmbedConfig
-    from dinov2cli.data.decode import resize_center_crop, resize_square
     from dinov2cli.device import choose_device, choose_precision
-    from dinov2cli.evaluation.features import extract
+    from dinov2cli.evaluation.features import extract, view_of
     from dinov2cli.models.load import load_model
 
     assert collection.embeddings is not None
@@ -76,13 +75,10 @@ def array_embedder(
     loaded.network.to(device)
     precision = choose_precision(settings.precision, device)[0]
     how = loaded.preprocess
+    view = view_of(how)
 
     def embed(images: "list[np.ndarray]") -> "np.ndarray":
-        if how.square:
-            crops = [resize_square(image, how.crop) for image in images]
-        else:
-            crops = [resize_center_crop(image, how.resize, how.crop) for image in images]
-        batch = _Images(torch.stack(crops))
+        batch = _Images(torch.stack([view(image, row) for row, image in enumerate(images)]))
         (features,) = extract(loaded.network, [batch], preprocess=how, pool=settings.pool, precision=precision)
         return features.pooled.numpy()
 

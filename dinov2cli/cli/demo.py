@@ -116,9 +116,10 @@ def _prepare(path: Path, config: "PretrainConfig", talk: "Talk", target_size: in
 
 
 def _train_and_judge(path: Path, config: "PretrainConfig", talk: "Talk") -> None:
-    from dinov2cli.cli.evaluate import run_eval
+    from dinov2cli.cli.evaluating import DataSpecs, run_eval
     from dinov2cli.cli.pretrain import train_run
-    from dinov2cli.config import KnnConfig, LinearConfig
+    from dinov2cli.config import task_config
+    from dinov2cli.evaluation.tasks.registry import find_task
 
     common: dict[str, Any] = {"seed": config.seed, "workers": config.workers, "device": config.device}
     talk.say("4/6 pretrain: self-distillation, without labels")
@@ -126,8 +127,9 @@ def _train_and_judge(path: Path, config: "PretrainConfig", talk: "Talk") -> None
     for step, (state, model) in enumerate((("before", "initial"), ("after", "run")), start=5):
         talk.say(f"{step}/6 eval {state} training: k-NN and linear probe, held-out tiles and digits")
         for number, (_, task, train, test, _) in enumerate(_BENCHMARKS):
-            settings = KnnConfig(**common) if task == "knn" else LinearConfig(**common)
-            run_eval(task, str(path / model), train, test, _results(path, number, state), settings, talk.inner())
+            settings = task_config(find_task(task))(**common)
+            place, specs = _results(path, number, state), DataSpecs(train, test, {})
+            run_eval(find_task(task), [str(path / model)], specs, place, settings, talk.inner())
 
 
 def _results(path: Path, number: int, state: str) -> Path:
@@ -147,11 +149,11 @@ def _report(path: Path, config: "PretrainConfig") -> tuple[list, list[str], str]
     from dinov2cli.report.dedup import duplicate_pair_samples
     from dinov2cli.report.demo_parts import (
         compare_results,
-        neighbour_rows,
         patch_tokens,
         planted_copies_found,
         sample_images,
     )
+    from dinov2cli.report.examples import neighbour_rows
 
     comparisons = [
         compare_results(

@@ -1,274 +1,188 @@
-"""`dinov2 eval`: benchmarks of frozen features, each with confidence intervals."""
+"""`dinov2 eval TASK MODEL…`: one command per benchmark, made from the settings that the task declares."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
 
 from dinov2cli.cli import options
-from dinov2cli.distributed import ALONE, Ranks, join
+from dinov2cli.cli.compare import compare
+from dinov2cli.cli.suite import suite
+from dinov2cli.distributed import join
+from dinov2cli.errors import UserError
+from dinov2cli.evaluation.tasks.interface import Task, settings_of
+from dinov2cli.evaluation.tasks.registry import TASKS, find_task
 
-if TYPE_CHECKING:
-    from dinov2cli.artifacts.manifest import Manifest
-    from dinov2cli.artifacts.output import Output
-    from dinov2cli.artifacts.results import ResultRow
-    from dinov2cli.cli.talk import Talk
-    from dinov2cli.config import EvalConfig, KnnConfig, LinearConfig
-    from dinov2cli.data.source import ImageSource
-    from dinov2cli.evaluation.features import Features
-    from dinov2cli.evaluation.tasks import Outcome
-    from dinov2cli.models.load import LoadedModel
-
-    Judge = Callable[[], Outcome]
-
-app = typer.Typer(no_args_is_help=True, help="Measure frozen features, with confidence intervals.")
-Train = Annotated[str, typer.Option("--train", metavar="D", help="Labelled images to learn from.")]
-Test = Annotated[str, typer.Option("--test", metavar="D", help="Labelled images to be judged on.")]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="One or more: a run, a Hugging Face or timm "
+    "directory, an official .pth, transformers:DIR, baseline:pixels, an architecture (random weights).")]  # fmt: skip
+Train = Annotated[str, typer.Option("--train", metavar="D", help="Images to learn from.")]
+Test = Annotated[str, typer.Option("--test", metavar="D", help="Images to be judged on.")]
 ImageSize = Annotated[int | None, typer.Option("--image-size", metavar="PX", help="Crop; default: the model's own.")]
+Cache = Annotated[str | None, typer.Option("--cache", metavar="DIR|none", help="Where features are kept for other "
+    "commands; default: the user's cache folder.")]  # fmt: skip
+_COMMON: dict[str, Any] = {
+    "image_size": (ImageSize, None),
+    "cache": (Cache, None),
+    "config": (options.Config, None),
+    "set_": (options.Set, None),
+    "dry_run": (options.DryRun, False),
+    "json_output": (options.Json, False),
+    "quiet": (options.Quiet, False),
+    "verbose": (options.Verbose, False),
+    "overwrite": (options.Overwrite, False),
+    "workers": (options.Workers, None),
+    "device": (options.Device, None),
+    "seed": (options.Seed, None),
+    "processes": (options.Processes, None),
+}
+_CONFIG_FLAGS = ("image_size", "cache", "workers", "device", "seed")
 
 
-@app.command("knn")
-def knn(
-    model: options.Model,
-    train: Train,
-    test: Test,
-    out: options.Out,
-    k: Annotated[str | None, typer.Option("--k", metavar="LIST", help="Numbers of neighbours, as 10,20.")] = None,
-    image_size: ImageSize = None,
-    config: options.Config = None,
-    set_: options.Set = None,
-    dry_run: options.DryRun = False,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-    overwrite: options.Overwrite = False,
-    workers: options.Workers = None,
-    device: options.Device = None,
-    seed: options.Seed = None,
-    processes: options.Processes = None,
-) -> None:
-    """Classify by the weighted vote of the nearest training images: no training, no choices.
+class _Tasks(TyperGroup):
+    """Knows tasks in files of the user's own (`./mine.py`), and `--suite FILE` in place of a task."""
 
-    Example: `dinov2 eval knn run --train photos/train?label=folder --test photos/val?label=folder -o knn`
-    """
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(arg == "--suite" or arg.startswith("--suite=") for arg in args) and args[0] != "suite":
+            args = ["suite", *args]
+        return super().parse_args(ctx, args)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if not cmd_name.endswith(".py"):
+            return super().get_command(ctx, cmd_name)
+        own = typer.Typer()
+        own.command(cmd_name)(command_of(cmd_name, find_task(cmd_name)))
+        return typer.main.get_command(own)
+
+
+app = typer.Typer(
+    cls=_Tasks,
+    no_args_is_help=True,
+    help="Measure frozen features, with confidence intervals. A task may also be a Python file of your own.",
+)
+
+
+def command_of(name: str, task: type[Task]) -> Callable[..., None]:
+    """The function of a command for `task`, with an option for each of its settings that has a flag."""
+    flagged = {field.name: field for field in settings_of(task) if field.metadata.get("flag")}
+
+    def command(**given: Any) -> None:
+        own = {field: _listed(given[field], flagged[field].type) for field in flagged}
+        others = _named(given.get("others") or [], task.others or "")
+        flags = {**{key: given[key] for key in _CONFIG_FLAGS}, **own}
+        _evaluate(task, given, others, flags)
+
+    parameters: dict[str, tuple[Any, Any]] = {"models": (Models, inspect.Parameter.empty)}
+    if task.train:
+        parameters["train"] = (Train, inspect.Parameter.empty)
+    parameters |= {"test": (Test, inspect.Parameter.empty), "out": (options.Out, inspect.Parameter.empty)}
+    if task.others:
+        help_text = "A further set, by a name of yours; may be repeated."
+        option = typer.Option(task.others, metavar="NAME=D", help=help_text)
+        parameters["others"] = (Annotated[list[str] | None, option], None)
+    for field in flagged.values():
+        kind, metavar = _flag_type(field.type)
+        option = typer.Option(field.metadata["flag"], metavar=metavar, help=field.metadata["help"])
+        parameters[field.name] = (Annotated[kind, option], None)
+    parameters |= _COMMON
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for key, (annotation, default) in parameters.items()
+        ]
+    )
+    command.__annotations__ = {key: annotation for key, (annotation, _) in parameters.items()}
+    command.__doc__ = _help(name, task)
+    return command
+
+
+def _help(name: str, task: type[Task]) -> str:
+    given = " ".join(["--train D"] * task.train + ["--test D"])
+    settings = "\n".join(
+        f"- `{field.name}`: {field.metadata.get('help', '')}"
+        for field in settings_of(task)
+        if not field.metadata.get("flag")
+    )
+    keys = f"\n\nFurther settings, by `--set KEY=VALUE`:\n\n{settings}" if settings else ""
+    return f"{inspect.cleandoc(task.__doc__ or '')}\n\nExample: `dinov2 eval {name} run {given} -o results`{keys}"
+
+
+def _flag_type(annotation: Any) -> tuple[Any, str]:
+    """The type that Typer is to parse for a setting, and its metavar; lists come as text with commas."""
+    kind = _plain(annotation)
+    metavar = {int: "N", float: "X", bool: ""}.get(kind)
+    if metavar is not None:
+        return kind | None, metavar
+    if kind is Literal:
+        return str | None, "|".join(map(str, _choices(annotation)))
+    return str | None, "LIST" if kind is list else "NAME"
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    while get_origin(annotation) is not Literal:
+        annotation = get_args(annotation)[0]
+    return get_args(annotation)
+
+
+def _plain(annotation: Any) -> Any:
+    """The type under bounds and `| None`: int of `Annotated[int, Ge(1)] | None`, list of `list[float]`."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
+        return _plain(next(part for part in get_args(annotation) if part is not type(None)))
+    return get_origin(annotation) or annotation
+
+
+def _listed(value: Any, annotation: Any) -> Any:
+    if not isinstance(value, str) or _plain(annotation) is not list:
+        return value
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _named(given: list[str], option: str) -> Mapping[str, str]:
+    """NAME=DATA pairs. Raises UserError for what is none, and for a name that is given twice or taken."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, data = text.partition("=")
+        if not equals or not name or not data or "/" in name:
+            raise UserError(f"{option} {text}: expected NAME=DATA, as {option} other=photos/other")
+        if name in found or name in ("train", "test"):
+            raise UserError(f"{option} {text}: the name {name!r} is taken; expected another")
+        found[name] = data
+    return found
+
+
+def _evaluate(task: type[Task], given: Mapping[str, Any], others: Mapping[str, str], flags: Mapping[str, Any]) -> None:
+    from dinov2cli.cli.evaluating import DataSpecs, run_eval
     from dinov2cli.cli.launch import relaunch
     from dinov2cli.cli.talk import Talk
-    from dinov2cli.config import KnnConfig
+    from dinov2cli.config import task_config
     from dinov2cli.recipe import load_config
 
-    flags = {
-        "neighbours": None if k is None else [part.strip() for part in k.split(",")],
-        "image_size": image_size,
-        "workers": workers,
-        "device": device,
-        "seed": seed,
-    }
-    settings = load_config(KnnConfig, recipe=config, sets=set_ or [], flags=flags)
-    if not dry_run:
-        relaunch(processes)
-    talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
-    ranks = join(settings.device)
-    model = ranks.first(lambda: options.from_stdin(model))
-    run_eval("knn", model, train, test, out, settings, talk, dry_run=dry_run, overwrite=overwrite, ranks=ranks)
-
-
-@app.command("linear")
-def linear(
-    model: options.Model,
-    train: Train,
-    test: Test,
-    out: options.Out,
-    image_size: ImageSize = None,
-    config: options.Config = None,
-    set_: options.Set = None,
-    dry_run: options.DryRun = False,
-    json_output: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-    overwrite: options.Overwrite = False,
-    workers: options.Workers = None,
-    device: options.Device = None,
-    seed: options.Seed = None,
-    processes: options.Processes = None,
-) -> None:
-    """Train linear classifiers on frozen features and judge the best, chosen on held-out training images.
-
-    Example: `dinov2 eval linear run --train photos/train?label=folder --test photos/val?label=folder -o linear`
-    """
-    from dinov2cli.cli.launch import relaunch
-    from dinov2cli.cli.talk import Talk
-    from dinov2cli.config import LinearConfig
-    from dinov2cli.recipe import load_config
-
-    flags = {"image_size": image_size, "workers": workers, "device": device, "seed": seed}
-    settings = load_config(LinearConfig, recipe=config, sets=set_ or [], flags=flags)
-    if not dry_run:
-        relaunch(processes)
-    talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
-    ranks = join(settings.device)
-    model = ranks.first(lambda: options.from_stdin(model))
-    run_eval("linear", model, train, test, out, settings, talk, dry_run=dry_run, overwrite=overwrite, ranks=ranks)
-
-
-def run_eval(
-    task: str,
-    model: str,
-    train: str,
-    test: str,
-    path: Path,
-    config: "EvalConfig",
-    talk: "Talk",
-    *,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    ranks: Ranks = ALONE,
-) -> None:
-    """Evaluate into one results directory, features shared among `ranks`; also what the demo calls.
-
-    The main process judges and writes, the others wait for it.
-    """
-    from dataclasses import asdict
-
-    from dinov2cli.cli.frame import canonical_model, check_output, model_input, open_output, result_fields
-
-    model = canonical_model(model)
-    sources, loaded = ranks.together(lambda: _opened(model, (train, test), config))
-    inputs = [*(s.fingerprint() for s in sources), model_input(model, loaded.fingerprint)]
-    identity = {"task": task, **config.identity()}
-    identity.pop("batch_size")
-    place: dict[str, Any] = {"config": identity, "inputs": inputs, "overwrite": overwrite}
-    if dry_run:
-        state = ranks.first(lambda: check_output(path, "results", **place))
-        facts = {"model": loaded.name, "train images": len(sources[0]), "test images": len(sources[1])}
-        files = ["results.json", "results.parquet", "report.html", "manifest.json"]
-        talk.plan(f"eval {task} {model}", {**facts, "files": files, "output": f"{path} ({state})"})
-        return
-    out = open_output(talk, path, "results", seed=config.seed, ranks=ranks, **place)
-    if out is None:
-        return
-    with out:
-        judge = ranks.together(lambda: _BENCHMARKS[task](loaded, sources, config, talk, ranks))
-        rows, manifest = ranks.first(lambda: _judged(task, judge(), out, loaded, sources, config, talk))
-    for row in rows:
-        talk.say(f"{row.metric}: {row.value:.1%} [{row.ci_low:.1%}, {row.ci_high:.1%}] on {row.n:,} images")
-    talk.result(path, **result_fields(manifest), results=[asdict(row) for row in rows])
-
-
-def _opened(model: str, specs: tuple[str, str], config: "EvalConfig") -> "tuple[list[ImageSource], LoadedModel]":
-    from dinov2cli.data.source import open_source
-    from dinov2cli.models.load import load_model
-
-    sources = [open_source(spec) for spec in specs]
-    loaded = load_model(model, img_size=config.image_size, seed=config.seed)
-    _ = loaded.backbone  # a descriptor, which has no tokens, is refused before anything is written
-    return sources, loaded
-
-
-def _judged(
-    task: str,
-    outcome: "Outcome",
-    out: "Output",
-    loaded: "LoadedModel",
-    sources: "list[ImageSource]",
-    config: "EvalConfig",
-    talk: "Talk",
-) -> "tuple[list[ResultRow], Manifest]":
-    from dinov2cli.artifacts.results import write_results
-    from dinov2cli.report.results import results_report
-
-    result = outcome.result
-    for note in result.notes:
-        talk.warn(note)
-    rows = result.rows(model=loaded.name, dataset=sources[1].spec, confidence=config.confidence)
-    html = results_report(rows, title=f"{task} of {loaded.name}")
-    return rows, write_results(out, rows, predictions=outcome.table(*sources), report=html, random=loaded.random)
-
-
-def _knn(
-    loaded: "LoadedModel", sources: "list[ImageSource]", config: "KnnConfig", talk: "Talk", ranks: Ranks
-) -> "Judge":
-    from dinov2cli.evaluation.tasks import knn as task
-
-    train = _features(loaded, sources[0], config, talk, ranks, pool=config.pool)
-    if _same_images(sources):
-        talk.warn("train and test are the same images: each is left out of its own neighbours")
-        test = None
-    else:
-        test = _features(loaded, sources[1], config, talk, ranks, pool=config.pool)
-    return lambda: task(
-        train,
-        test,
-        ks=config.neighbours,
-        temperature=config.temperature,
-        device=loaded.backbone.cls_token.device,
-        train_spec=sources[0].spec,
-        test_spec=sources[1].spec,
+    config = load_config(task_config(task), recipe=given["config"], sets=given["set_"] or [], flags=flags)
+    if not given["dry_run"]:
+        relaunch(given["processes"])
+    talk = Talk(json_output=given["json_output"], quiet=given["quiet"], verbose=given["verbose"])
+    ranks = join(config.device)
+    models = [ranks.first(partial(options.from_stdin, model)) for model in given["models"]]
+    specs = DataSpecs(given.get("train"), given["test"], others)
+    run_eval(
+        task,
+        models,
+        specs,
+        given["out"],
+        config,
+        talk,
+        dry_run=given["dry_run"],
+        overwrite=given["overwrite"],
+        ranks=ranks,
     )
 
 
-def _linear(
-    loaded: "LoadedModel", sources: "list[ImageSource]", config: "LinearConfig", talk: "Talk", ranks: Ranks
-) -> "Judge":
-    from dinov2cli.evaluation.tasks import linear as task
-
-    if _same_images(sources):
-        talk.warn("train and test are the same images: the figures say how well they are remembered, not recognised")
-    last = max(config.blocks)
-    train, test = (_features(loaded, source, config, talk, ranks, last_blocks=last) for source in sources)
-    talk.say("training the grid of linear heads on cached features")
-    return lambda: task(
-        train,
-        test,
-        seed=config.seed,
-        learning_rates=config.learning_rates,
-        blocks=config.blocks,
-        batch_size=config.train_batch_size,
-        steps=config.steps,
-        validation_fraction=config.validation_fraction,
-        device=loaded.backbone.cls_token.device,
-        train_spec=sources[0].spec,
-        test_spec=sources[1].spec,
-    )
-
-
-def _same_images(sources: "list[ImageSource]") -> bool:
-    train, test = sources
-    return len(train) == len(test) and train.content_hash() == test.content_hash() and train.ids == test.ids
-
-
-# Collect the features, all ranks together; what they return makes the judgement of them, on the main process.
-_BENCHMARKS: dict[str, Callable[..., "Judge"]] = {"knn": _knn, "linear": _linear}
-
-
-def _features(
-    loaded: "LoadedModel", source: "ImageSource", config: "EvalConfig", talk: "Talk", ranks: Ranks, **what: Any
-) -> "Features":
-    from dinov2cli.cli.frame import workers_for
-    from dinov2cli.data.bad import BadImages
-    from dinov2cli.device import choose_device, choose_precision
-    from dinov2cli.evaluation.features import extract_source
-
-    device = choose_device(config.device, local_rank=ranks.local_rank)
-    precision, _ = choose_precision(config.precision, device)
-    loaded.backbone.to(device)
-    done = 0
-    with talk.progress(f"features of {source.spec}", len(source)) as advance:
-
-        def on_rate(count: int, _seconds: float) -> None:
-            nonlocal done
-            advance(count - done)
-            done = count
-
-        return extract_source(
-            loaded.backbone,
-            source,
-            preprocess=loaded.preprocess,
-            precision=precision,
-            batch_size=config.batch_size,
-            workers=workers_for(config.workers),
-            bad=BadImages(config.max_bad_fraction),
-            on_rate=on_rate,
-            ranks=ranks,
-            **what,
-        )
+for _name in TASKS:
+    app.command(_name)(command_of(_name, find_task(_name)))
+app.command("suite")(suite)
+app.command("compare")(compare)

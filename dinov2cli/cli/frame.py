@@ -70,13 +70,9 @@ def check_output(
 
 def canonical_model(spec: str) -> str:
     """Return a MODEL that means the same from any directory and however it was spelled: paths made absolute."""
-    from dinov2cli.models.descriptors import canonical_descriptor
+    from dinov2cli.models.load import canonical_spec
 
-    described = canonical_descriptor(spec)
-    if described is not None:
-        return described
-    path = Path(spec).expanduser()
-    return str(path.resolve()) if path.exists() else spec
+    return canonical_spec(spec)
 
 
 def model_input(spec: str, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Plain values only; the command line turns them into keyword arguments, so no cor
 from dinov2cli.config.common import CommonConfig
 from dinov2cli.config.curate import CurateConfig
 from dinov2cli.config.dedup import DedupConfig
-from dinov2cli.config.evaluation import EvalConfig, KnnConfig, LinearConfig
+from dinov2cli.config.evaluation import EvalConfig, task_config, task_from
 from dinov2cli.config.images import EmbedConfig, PackConfig
 from dinov2cli.config.pretrain import PretrainConfig
 
@@ -16,8 +16,8 @@ __all__ = [
     "DedupConfig",
     "EmbedConfig",
     "EvalConfig",
-    "KnnConfig",
-    "LinearConfig",
     "PackConfig",
     "PretrainConfig",
+    "task_config",
+    "task_from",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dinov2cli.data.source import PIXEL_ROLES
+from dinov2cli.data.source import PIXEL_ROLES, LabelLists
 from dinov2cli.data.spec import suggestion
 from dinov2cli.errors import InputError
 
@@ -66,6 +66,41 @@ def integer_labels(column: pa.ChunkedArray, names: list[str] | None, where: str)
     raise InputError(
         f"{where}: labels are of type {kind}, expected whole numbers or strings; name another with ?label="
     )
+
+
+def is_lists(kind: pa.DataType) -> bool:
+    """Whether cells of a type are lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def list_labels(column: pa.ChunkedArray, names: list[str] | None, where: str) -> LabelLists:
+    """A column of lists as several labels per row; strings are numbered in alphabetical order, a null is no labels.
+
+    Raises:
+        InputError: neither lists of whole numbers from 0 nor lists of strings.
+    """
+    kind = column.type.value_type
+    lists = column.to_pylist()
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        names = sorted({value for some in lists for value in some or () if value is not None})
+        number = {value: index for index, value in enumerate(names)}
+        lists = [None if some is None else [number.get(value, -1) for value in some] for some in lists]
+    elif not (pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise InputError(
+            f"{where}: labels are lists of {kind}, expected lists of whole numbers or strings; "
+            "name another with ?label="
+        )
+    for row, some in enumerate(lists):
+        if some is not None and any(label is None or label < 0 for label in some):
+            raise InputError(
+                f"{where}, row {row}: the list {_as_given(column, row)} holds an empty or negative label; "
+                "expected whole numbers from 0 or strings: leave out what is not there"
+            )
+    return LabelLists([None if some is None else sorted(set(some)) for some in lists], names)
+
+
+def _as_given(column: pa.ChunkedArray, row: int) -> str:
+    return str(column[row].as_py())[:80]
 
 
 def is_pixels(feature: Any) -> bool:

@@ -146,8 +146,10 @@ class Decoder:
         return self._scratch.take(needed).numpy()
 
 
-def resize_center_crop(image_HWC: np.ndarray, resize: int, crop: int) -> "torch.Tensor":
-    """Shorter side to `resize` (bicubic, antialiased, in uint8), then the central `crop` x `crop` square.
+def resize_center_crop(
+    image_HWC: np.ndarray, resize: int, crop: int, *, square: bool = False, interpolation: str = "bicubic"
+) -> "torch.Tensor":
+    """Shorter side to `resize` (antialiased, in uint8), then the central `crop` x `crop` square.
 
     Sizes and offsets round as in the published evaluation transform (Resize + CenterCrop).
 
@@ -155,40 +157,41 @@ def resize_center_crop(image_HWC: np.ndarray, resize: int, crop: int) -> "torch.
         image_HWC: uint8 [H, W, 3].
         resize: new length of the shorter side in pixels, at least `crop`.
         crop: side of the result in pixels.
+        square: both sides become `resize` instead, whatever the aspect.
+        interpolation: see `resize_uint8`.
 
     Returns:
         uint8 [3, crop, crop], contiguous.
     """
     if crop > resize:
         raise ValueError(f"crop {crop} is larger than the resized side {resize}")
-    image_HWC = _trim(image_HWC)
-    height, width = image_HWC.shape[:2]
-    short = min(height, width)
-    new_height, new_width = int(resize * height / short), int(resize * width / short)
-    pixels_CHW = resize_uint8(image_HWC, new_height, new_width)
+    new_height = new_width = resize
+    if not square:
+        image_HWC = _trim(image_HWC)
+        height, width = image_HWC.shape[:2]
+        short = min(height, width)
+        new_height, new_width = int(resize * height / short), int(resize * width / short)
+    pixels_CHW = resize_uint8(image_HWC, new_height, new_width, interpolation)
     top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
     return pixels_CHW[:, top : top + crop, left : left + crop].contiguous()
 
 
-def resize_square(image_HWC: np.ndarray, side: int) -> "torch.Tensor":
-    """uint8 [H, W, 3] -> uint8 [3, side, side], bilinear and antialiased: within 1 grey level of Pillow's resize."""
-    import torch
+def resize_uint8(image_HWC: np.ndarray, height: int, width: int, interpolation: str = "bicubic") -> "torch.Tensor":
+    """Antialiased resize in uint8: [H, W, 3] -> [3, height, width]. Bicubic is within 0.04 grey levels of Pillow's.
 
-    # The leading axis first: torch knows channels-last memory, its fast path, by all four strides.
-    pixels_1CHW = torch.from_numpy(image_HWC)[None].permute(0, 3, 1, 2)
-    return torch.nn.functional.interpolate(pixels_1CHW, (side, side), mode="bilinear", antialias=True)[0]
-
-
-def resize_uint8(image_HWC: np.ndarray, height: int, width: int) -> "torch.Tensor":
-    """Bicubic antialiased resize in uint8: [H, W, 3] -> [3, height, width]. Within 0.04 grey levels of Pillow's."""
+    interpolation: bicubic, bilinear, or (by Pillow itself) lanczos, box, hamming, nearest.
+    """
     import torch
     import torch.nn.functional as F
 
+    if image_HWC.shape[:2] == (height, width):
+        return torch.from_numpy(image_HWC).permute(2, 0, 1)
+    if interpolation not in ("bicubic", "bilinear"):
+        resized = Image.fromarray(image_HWC).resize((width, height), Image.Resampling[interpolation.upper()])
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
     # The leading axis first: torch knows channels-last memory, its fast path, by all four strides.
     pixels_1CHW = torch.from_numpy(image_HWC)[None].permute(0, 3, 1, 2)
-    if pixels_1CHW.shape[2:] != (height, width):
-        pixels_1CHW = F.interpolate(pixels_1CHW, (height, width), mode="bicubic", antialias=True)
-    return pixels_1CHW[0]
+    return F.interpolate(pixels_1CHW, (height, width), mode=interpolation, antialias=True)[0]
 
 
 def _trim(image_HWC: np.ndarray) -> np.ndarray:

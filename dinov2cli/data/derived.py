@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from dinov2cli.artifacts.embeddings import open_embeddings
 from dinov2cli.artifacts.selection import KEPT_COLUMNS, Selection, open_selection
-from dinov2cli.data.columns import integer_labels
-from dinov2cli.data.source import ImageSource, open_source
+from dinov2cli.data.columns import integer_labels, is_lists, list_labels
+from dinov2cli.data.source import ImageSource, LabelLists, open_source
 from dinov2cli.data.spec import DataSpec, suggestion
 from dinov2cli.errors import InputError
 
@@ -112,7 +112,22 @@ class DerivedSource(ImageSource):
                 return labels, label_names
         if not asked and "label" not in names:
             return None
+        if is_lists(self._table.column(asked or "label").type):
+            return None
         return integer_labels(self._table.column(asked or "label"), None, f"{self.spec}, column '{asked or 'label'}'")
+
+    def _own_label_lists(self) -> LabelLists | None:
+        name = self._options.get("label") or "label"
+        if name in self._table.column_names:
+            column = self._table.column(name)
+            return list_labels(column, None, f"{self.spec}, column '{name}'") if is_lists(column.type) else None
+        own = [found for source in self._sources if (found := source.label_lists) is not None]
+        if name != "label" or not own or len(own) < len(self._sources):
+            return None
+        if any(found.names != own[0].names for found in own):
+            return None
+        rows = zip(self._which.tolist(), self._rows.tolist(), strict=True)
+        return LabelLists([own[which].lists[row] for which, row in rows], own[0].names)
 
     def content_hash(self) -> str:
         digest = hashlib.sha256(json.dumps([source.content_hash() for source in self._sources]).encode())

@@ -10,11 +10,13 @@ import re
 import stat
 from collections import Counter
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from dinov2cli.data.bad import BadImage
+from dinov2cli.data.beside import TARGET_ROLES, target_files, without_targets
 from dinov2cli.data.source import ImageSource, hash_files
 from dinov2cli.data.spec import IMAGE_EXTENSIONS, PARQUET_EXTENSIONS, TAR_EXTENSIONS, DataSpec
 from dinov2cli.errors import InputError
@@ -40,9 +42,15 @@ class FileSource(ImageSource):
     begin with '..': whoever writes files named after ids must not join them to a folder.
     """
 
-    def __init__(self, spec: DataSpec, kind: str, root: str, names: list[str]) -> None:
+    def __init__(
+        self, spec: DataSpec, kind: str, root: str, names: list[str], targets: dict[str, list[str]] | None = None
+    ) -> None:
+        """targets: for 'mask' and 'depth' a path for every image, '' where it has none."""
         super().__init__(spec, kind)
         self._root = root
+        self._targets = {
+            role: pa.array(map(os.fsencode, found), pa.large_binary()) for role, found in (targets or {}).items()
+        }
         # In Arrow, not as Python strings: forked workers share them without copying pages on reference counts.
         # As bytes: a file name need not be UTF-8.
         self._files = pa.array(map(os.fsencode, names), pa.large_binary())
@@ -54,8 +62,15 @@ class FileSource(ImageSource):
         return printable(self._file(row))
 
     def read(self, row: int, role: str = "image") -> bytes:
-        del role
+        if role != "image":
+            target = bytes(self._targets[role][int(row)].as_py())
+            if not target:
+                raise BadImage(self.name(row), f"no {role} of that name")
+            return read_file(target, f"{self.name(row)} ({role})")
         return read_file(os.path.join(os.fsencode(self._root), self._file(row)), self.name(row))
+
+    def has_role(self, role: str) -> bool:
+        return role == "image" or role in self._targets
 
     def _file(self, row: int) -> bytes:
         return bytes(self._files[int(row)].as_py())
@@ -73,7 +88,9 @@ class FileSource(ImageSource):
     def content_hash(self) -> str:
         root = os.fsencode(self._root)
         files = self._files.to_pylist()
-        return hash_files((name, os.path.join(root, file)) for name, file in zip(self.ids, files, strict=True))
+        own = ((name, os.path.join(root, file)) for name, file in zip(self.ids, files, strict=True))
+        targets = ((role, path) for role, found in self._targets.items() for path in found.to_pylist())
+        return hash_files(chain(own, targets))
 
 
 def open_folder(spec: DataSpec) -> ImageSource:
@@ -96,7 +113,8 @@ def open_folder(spec: DataSpec) -> ImageSource:
         logger.warning("passed over %s", _folders(found.closed))
     if found.images:
         _refuse_columns(spec)
-        return FileSource(spec, "folder", root, found.images)
+        names = without_targets(spec, root, found.images)
+        return FileSource(spec, "folder", root, names, target_files(spec, root, names))
     parquet = [os.path.join(root, name) for name in found.others if name.lower().endswith(PARQUET_EXTENSIONS)]
     if parquet:
         from dinov2cli.data.tables import open_parquet, split_files
@@ -293,7 +311,7 @@ def _refuse_columns(spec: DataSpec) -> None:
     label = spec.options.get("label")
     _refuse_stream(spec, "images")
     for key in spec.options:
-        if key != "label":
+        if key not in ("label", *TARGET_ROLES):
             raise InputError(
                 f"{spec.location}: '{key}=' names a column, and a folder of images has none; "
                 f"leave it out{', and give the sub-folder itself' if key == 'split' else ''}"

@@ -7,20 +7,62 @@ the main process counts it, and alone decides and reports.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from dinov2cli.data.bad import BadImage, BadImages
 from dinov2cli.data.crop_loader import CropLoader
-from dinov2cli.data.decode import MAX_PIXELS, decode_image, resize_center_crop, resize_square
+from dinov2cli.data.decode import MAX_PIXELS, decode_image, resize_center_crop
 from dinov2cli.data.ring import Ring, forks
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.workers import DEADLY, Hand, Pool
 
-__all__ = ["Batch", "CropLoader", "Reading", "iterate_images", "read_ranges", "row_ranges"]
+__all__ = ["Batch", "CentreView", "CropLoader", "Reading", "View", "iterate_images", "read_ranges", "row_ranges"]
 
 _AHEAD = 2  # ranges per worker
+
+
+class View(Protocol):
+    """How the decoded pixels of an image become what the model sees. Runs in workers, so it must pickle.
+
+    name: tells it from all other views, with its numbers and seeds; size: the side S of its squares in pixels.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, pixels: np.ndarray, row: int) -> torch.Tensor:
+        """uint8 [H, W, 3] of row `row` -> uint8 [3, S, S]; what is random in it depends on row and seed alone."""
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """The usual view: shorter side to `resize` pixels, then the central square of `crop`.
+
+    With `square` both sides are brought to `resize` without keeping the aspect. interpolation: see `resize_uint8`.
+    """
+
+    resize: int
+    crop: int
+    square: bool = False
+    interpolation: str = "bicubic"
+
+    @property
+    def name(self) -> str:
+        return f"{'square' if self.square else 'centre'} {self.resize} {self.crop} {self.interpolation}"
+
+    @property
+    def size(self) -> int:
+        return self.crop
+
+    def __call__(self, pixels: np.ndarray, row: int) -> torch.Tensor:
+        del row
+        return resize_center_crop(pixels, self.resize, self.crop, square=self.square, interpolation=self.interpolation)
 
 
 @dataclass
@@ -66,22 +108,17 @@ def read_ranges(
     source: ImageSource,
     ranges: Sequence[tuple[int, int]],
     *,
-    resize: int,
-    crop: int,
+    view: View,
     workers: int,
-    square: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Reading]:
-    """One Reading per range, in order; the arguments are those of `iterate_images`. Counts and reports nothing.
-
-    square: images become squares of `crop` pixels without keeping their aspect (`resize_square`), as descriptors ask.
-    """
+    """One Reading per range, in order, of the images as `view` shows them. Counts and reports nothing."""
     workers = min(workers, len(ranges))
     ahead = _AHEAD * workers
     longest = max((stop - first for first, stop in ranges), default=0)
-    ring = Ring(ahead + 1, {"images": ((longest, 3, crop, crop), torch.uint8)}, forked=forks())
+    ring = Ring(ahead + 1, {"images": ((longest, 3, view.size, view.size), torch.uint8)}, forked=forks())
     tasks = [(number % ring.slots, *rows) for number, rows in enumerate(ranges)]
-    reader = _RangeReader(source, None if square else resize, crop, max_pixels, ring)
+    reader = _RangeReader(source, view, max_pixels, ring)
     found = Pool(reader, workers, ahead=ahead).run(tasks)
     for (slot, _, _), (table, digests, failures) in zip(tasks, found, strict=True):
         # A copy: whoever asked for it may keep it, and the slot is soon written again.
@@ -117,7 +154,8 @@ def iterate_images(
     """
     stop = len(source) if stop is None else min(stop, len(source))
     ranges = row_ranges(start, stop, batch_size)
-    for found in read_ranges(source, ranges, resize=resize, crop=crop, workers=workers, max_pixels=max_pixels):
+    view = CentreView(resize, crop)
+    for found in read_ranges(source, ranges, view=view, workers=workers, max_pixels=max_pixels):
         for name, reason in found.failures:
             bad.add(name, reason)
         bad.check(len(source))
@@ -129,10 +167,9 @@ class _RangeReader:
     """Turns (slot, first, stop) into images in the ring, a table of (row, width, height), digests and failures; runs in
     a worker."""
 
-    def __init__(self, source: ImageSource, resize: int | None, crop: int, max_pixels: int, ring: Ring) -> None:
+    def __init__(self, source: ImageSource, view: View, max_pixels: int, ring: Ring) -> None:
         self._source = source
-        self._resize = resize
-        self._crop = crop
+        self._view = view
         self._max_pixels = max_pixels
         self._ring = ring
 
@@ -155,12 +192,7 @@ class _RangeReader:
             except BadImage as error:
                 failures.append((error.name, error.reason))
                 continue
-            images[len(sizes)] = self._fitted(pixels)
+            images[len(sizes)] = self._view(pixels, row)
             sizes.append((row, pixels.shape[1], pixels.shape[0]))
             digests.append(hashlib.sha256(data).hexdigest())
         return np.array(sizes, dtype=np.int64).reshape(-1, 3), digests, failures
-
-    def _fitted(self, pixels: np.ndarray) -> torch.Tensor:
-        if self._resize is None:
-            return resize_square(pixels, self._crop)
-        return resize_center_crop(pixels, self._resize, self._crop)

@@ -8,6 +8,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,24 @@ from dinov2cli.data.spec import DataSpec, parse_spec
 from dinov2cli.errors import InputError
 
 PIXEL_ROLES = ("image", "mask", "depth")
+
+
+@dataclass(frozen=True)
+class LabelLists:
+    """Labels of images that may have several, or none of those there are: one list per row, None where a row was never
+    labelled; class c is `names[c]`, where names are known."""
+
+    lists: list[list[int] | None]
+    names: list[str] | None
+
+    def take(self, rows: Iterable[int]) -> "LabelLists":
+        """The lists of some rows, in the order asked for."""
+        return LabelLists([self.lists[row] for row in rows], self.names)
+
+    @property
+    def given(self) -> np.ndarray:
+        """bool [n]: whether a row was labelled."""
+        return np.array([some is not None for some in self.lists], dtype=bool)
 
 
 class ImageSource(ABC):
@@ -75,6 +94,14 @@ class ImageSource(ABC):
     def label_names(self) -> list[str] | None:
         """Name of each label, when known."""
         return None if self._labelling is None else self._labelling[1]
+
+    @cached_property
+    def label_lists(self) -> LabelLists | None:
+        """Several labels per image, where the labels are a column of lists; `labels` is None then."""
+        return None if self._options.get("label") == "folder" else self._own_label_lists()
+
+    def _own_label_lists(self) -> LabelLists | None:
+        return None
 
     @cached_property
     def columns(self) -> pa.Table:
@@ -138,7 +165,7 @@ class ImageSource(ABC):
         return {"spec": self.spec, "kind": self.kind, "rows": len(self), "hash": self.content_hash()}
 
     def __getstate__(self) -> dict[str, Any]:
-        heavy = ("ids", "paths", "columns", "_labelling")
+        heavy = ("ids", "paths", "columns", "_labelling", "label_lists")
         return {key: value for key, value in self.__dict__.items() if key not in heavy}
 
 

@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dinov2cli.data.bad import BadImage
-from dinov2cli.data.columns import choose_columns, integer_labels, is_pixels
+from dinov2cli.data.columns import choose_columns, integer_labels, is_lists, is_pixels, list_labels
 from dinov2cli.data.files import read_file
-from dinov2cli.data.source import ImageSource, hash_files
+from dinov2cli.data.source import ImageSource, LabelLists, hash_files
 from dinov2cli.data.spec import DataSpec, is_local_hub, suggestion
 from dinov2cli.errors import InputError, WorkError
 
@@ -95,7 +95,8 @@ class ColumnSource(ImageSource):
         names = [name for name in self._others if name not in ("id", "label")]
         return self._arrow(names) if names else super().columns
 
-    def _own_labels(self) -> tuple[np.ndarray, list[str] | None] | None:
+    def _label_column(self) -> str | None:
+        """Name of the column with the labels, if there is one. InputError if the one asked for is not there."""
         asked = self._options.get("label")
         names = list(self._others)
         if asked and asked not in names:
@@ -103,12 +104,31 @@ class ColumnSource(ImageSource):
                 f"{self.spec}: no column '{asked}' for labels{suggestion(asked, names)}; "
                 f"its columns are {', '.join(names)}"
             )
-        name = asked or next((name for name in _LABEL_NAMES if name in names), None)
+        return asked or next((name for name in _LABEL_NAMES if name in names), None)
+
+    def _own_labels(self) -> tuple[np.ndarray, list[str] | None] | None:
+        name = self._label_column()
         if name is None:
             return None
+        column = self._arrow([name]).column(name)
+        if is_lists(column.type):
+            return None
+        return integer_labels(column, _class_names(self._others[name]), f"{self.spec}, column '{name}'")
+
+    def _own_label_lists(self) -> LabelLists | None:
+        name = self._label_column()
+        if name is None:
+            return None
+        column = self._arrow([name]).column(name)
+        if not is_lists(column.type):
+            return None
         feature = self._others[name]
-        known = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-        return integer_labels(self._arrow([name]).column(name), known, f"{self.spec}, column '{name}'")
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return list_labels(column, _class_names(inner), f"{self.spec}, column '{name}'")
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 class TableSource(ColumnSource):

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from dinov2cli.data.bad import BadImages
-from dinov2cli.data.loader import Batch, Reading, read_ranges, row_ranges
+from dinov2cli.data.loader import Batch, CentreView, Reading, View, read_ranges
 from dinov2cli.data.source import ImageSource
 from dinov2cli.device import autocast
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 from dinov2cli.models.descriptors import Descriptor
+from dinov2cli.models.encoder import Encoder
 from dinov2cli.models.preprocess import Preprocess
 from dinov2cli.models.vit import VisionTransformer
 
@@ -38,6 +39,7 @@ class ImageBatch(Protocol):
 
 
 B = TypeVar("B", bound=ImageBatch)
+Network = VisionTransformer | Encoder | Descriptor
 
 
 @dataclass
@@ -53,18 +55,43 @@ class FeatureBatch(Generic[B]):
 
 @dataclass
 class Features:
-    """Features of a whole source; row i belongs to row `index[i]` of the source (unreadable images have no row)."""
+    """Features of a whole source; row i belongs to row `index[i]` of the source (unreadable images have no row).
+
+    class_tokens: of the last L blocks after the final norm, oldest first (a descriptor's one vector: L = 1);
+    averaged_patches: of the last block, None for a descriptor; pooled: the vector this kind of model is used by.
+    """
 
     index: np.ndarray  # int64 [n]
-    pooled: np.ndarray  # float32 [n, D or 2D]
     labels: np.ndarray | None  # int64 [n], -1 where an image has none
     label_names: list[str] | None
-    class_tokens: np.ndarray | None
-    averaged_patches: np.ndarray | None
-    seconds: float
+    class_tokens: np.ndarray  # float32 [n, L, D]
+    averaged_patches: np.ndarray | None  # float32 [n, D]
+    pooled: np.ndarray  # float32 [n, P]
+    digests: np.ndarray  # uint8 [n, 32]: sha256 of each file
+    seconds: float  # of the extraction, whenever that was
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def pool(self, pool: str = "auto") -> np.ndarray:
+        """Vectors float32 [n, P]: `auto` (what this kind of model is used by), `cls`, `mean` or `cls+mean`.
+
+        Raises UserError for an unknown name, and for tokens where a descriptor has none.
+        """
+        if pool not in ("auto", *POOLS):
+            raise UserError(f"pool {pool!r} is not known: expected one of auto, {', '.join(POOLS)}")
+        if pool in ("auto", "cls"):
+            return self.pooled if pool == "auto" else self.class_tokens[:, -1]
+        if self.averaged_patches is None:
+            raise UserError(f"this model gives one vector per image and has no tokens; found pool {pool!r}: use auto")
+        if pool == "mean":
+            return self.averaged_patches
+        return np.concatenate([self.class_tokens[:, -1], self.averaged_patches], axis=1)
+
+
+def view_of(preprocess: Preprocess) -> CentreView:
+    """How a model wants its images to be brought to its size."""
+    return CentreView(preprocess.resize, preprocess.crop, preprocess.square, preprocess.interpolation)
 
 
 def pooled_dim(embed_dim: int, pool: Pool) -> int:
@@ -85,7 +112,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 
 def extract(
-    backbone: VisionTransformer | Descriptor,
+    backbone: Network,
     batches: Iterable[B],
     *,
     preprocess: Preprocess,
@@ -100,11 +127,12 @@ def extract(
     `pool` picks class token, mean of patch tokens or both concatenated, all after the final norm. `patches` keeps the
     patch tokens too. `last_blocks` > 0 adds what the linear probe reads: the class tokens of that many last blocks (all
     blocks, if the backbone has fewer) and the averaged patches of the last. Vectors are not L2-normalised.
-    A descriptor gives its one vector as `pooled`, and nothing else.
+    A descriptor gives its one vector as `pooled`, and nothing else; for an `Encoder` the pool cls means the vector that
+    it is used by.
     Raises UserError for an unknown pool or precision, and for tokens of a descriptor.
     """
     check_wanted(backbone, pool, patches=patches, last_blocks=last_blocks)
-    device = backbone.device if isinstance(backbone, Descriptor) else backbone.cls_token.device
+    device = backbone.cls_token.device if isinstance(backbone, VisionTransformer) else backbone.device
     autocast(device, precision)  # an unknown name must fail before the first image is read
     done, started = 0, time.perf_counter()
     for batch in batches:
@@ -120,9 +148,7 @@ def extract(
         yield features
 
 
-def check_wanted(
-    backbone: VisionTransformer | Descriptor, pool: Pool, *, patches: bool = False, last_blocks: int = 0
-) -> None:
+def check_wanted(backbone: Network, pool: Pool, *, patches: bool = False, last_blocks: int = 0) -> None:
     """Raise UserError for an unknown pool, and for tokens where a descriptor has none."""
     if pool not in POOLS:
         raise UserError(f"pool {pool!r} is not known: expected one of {', '.join(POOLS)}")
@@ -132,21 +158,26 @@ def check_wanted(
 
 
 def _token_features(
-    backbone: VisionTransformer, batch: B, images: Tensor, pool: Pool, patches: bool, last_blocks: int
+    backbone: VisionTransformer | Encoder, batch: B, images: Tensor, pool: Pool, patches: bool, last_blocks: int
 ) -> FeatureBatch[B]:
     """What `extract` yields for a batch, of normalised images [n, 3, S, S]."""
-    if last_blocks > 0:
-        blocks = range(max(0, backbone.depth - last_blocks), backbone.depth)
+    blocks = range(max(0, backbone.depth - max(last_blocks, 1)), backbone.depth)
+    used: Tensor | None = None
+    if isinstance(backbone, Encoder):
+        looked = backbone.see(images, list(blocks))
+        seen, used = looked.tokens, looked.pooled.float()
+    elif last_blocks > 0:
         seen = backbone.intermediate(images, list(blocks), norm=True)
-        patch_tokens, cls = seen[-1]
-        tokens = torch.stack([cls for _, cls in seen], dim=1)
     else:
         output = backbone(images)
-        patch_tokens, cls, tokens = output.patches, output.cls, None
+        seen = [(output.patches, output.cls)]
+    patch_tokens, cls = seen[-1]
+    tokens = torch.stack([cls for _, cls in seen], dim=1) if last_blocks > 0 else None
     patch_tokens = patch_tokens.float()
+    vectors = used if used is not None and pool == "cls" else _pool(cls.float(), patch_tokens, pool)
     return FeatureBatch(
         batch=batch,
-        pooled=_kept(_pool(cls.float(), patch_tokens, pool)),
+        pooled=_kept(vectors),
         patches=_kept(patch_tokens) if patches else None,
         class_tokens=tokens.float().cpu() if tokens is not None else None,
         averaged_patches=patch_tokens.mean(dim=1).cpu() if tokens is not None else None,
@@ -155,7 +186,7 @@ def _token_features(
 
 @contextmanager
 def stream_features(
-    backbone: VisionTransformer | Descriptor,
+    backbone: Network,
     source: ImageSource,
     ranges: Sequence[tuple[int, int]],
     *,
@@ -171,20 +202,42 @@ def stream_features(
     (`batch.images`) are left behind. `bad` counts the unreadable images of all ranks. `what` is given to `extract`.
     What the block raises is raised by all ranks. Raises what `extract` raises, and InputError for too many unreadable.
     """
-    mine = ranks.share(ranges)
-    readings = read_ranges(
-        source, mine, resize=preprocess.resize, crop=preprocess.crop, square=preprocess.square, workers=workers
-    )
-    own = _dealt(backbone, readings, preprocess=preprocess, **what)
-    with ranks.gather(own, len(ranges)) as results:
+    with deal_features(
+        backbone, source, ranges, preprocess=preprocess, workers=workers, ranks=ranks, **what
+    ) as results:
         yield _counted(results, BadImages() if bad is None else bad, len(source))
 
 
-_Dealt = tuple[list[tuple[str, str]], FeatureBatch[Batch] | None]
+Dealt = tuple[list[tuple[str, str]], FeatureBatch[Batch] | None]
+"""Of one range of rows: (name, reason) of the images that could not be read, and features if there was any image."""
 
 
-def _dealt(backbone: VisionTransformer | Descriptor, readings: Iterator[Reading], **what: Any) -> Iterator[_Dealt]:
-    """What a rank sends for each of its ranges: the failures, and the features where there was an image at all."""
+@contextmanager
+def deal_features(
+    backbone: Network,
+    source: ImageSource,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    preprocess: Preprocess,
+    view: View | None = None,
+    workers: int = 0,
+    ranks: Ranks = ALONE,
+    **what: Any,
+) -> Iterator[Iterator[Dealt]]:
+    """As `stream_features`, but one result for every range, and unreadable images are not counted.
+
+    view: how pixels become what the model sees; by default `preprocess`'s own.
+    """
+    mine = ranks.share(ranges)
+    view = view_of(preprocess) if view is None else view
+    readings = read_ranges(source, mine, view=view, workers=workers)
+    own = _dealt(backbone, readings, preprocess=preprocess, **what)
+    with ranks.gather(own, len(ranges)) as results:
+        yield results
+
+
+def _dealt(backbone: Network, readings: Iterator[Reading], **what: Any) -> Iterator[Dealt]:
+    """What a rank sends for each of its ranges."""
     for found in readings:
         features = None
         if len(found.batch):
@@ -193,66 +246,10 @@ def _dealt(backbone: VisionTransformer | Descriptor, readings: Iterator[Reading]
         yield found.failures, features
 
 
-def _counted(results: Iterator[_Dealt], bad: BadImages, total: int) -> Iterator[FeatureBatch[Batch]]:
+def _counted(results: Iterator[Dealt], bad: BadImages, total: int) -> Iterator[FeatureBatch[Batch]]:
     for failures, features in results:
         for name, reason in failures:
             bad.add(name, reason)
         bad.check(total)
         if features is not None:
             yield features
-
-
-def extract_source(
-    backbone: VisionTransformer,
-    source: ImageSource,
-    *,
-    preprocess: Preprocess,
-    pool: Pool = "cls",
-    last_blocks: int = 0,
-    precision: str = "fp32",
-    batch_size: int = 64,
-    workers: int = 0,
-    bad: BadImages | None = None,
-    on_rate: Rate | None = None,
-    ranks: Ranks = ALONE,
-) -> Features:
-    """Features of all readable images of a source, in memory, with their labels where the source has any.
-
-    Under a launch the ranks share the work, and the main process alone gets the rows: on the others there are none.
-    Raises what `stream_features` raises.
-    """
-    started, done = time.perf_counter(), 0
-    parts: list[FeatureBatch[Batch]] = []
-    with stream_features(
-        backbone,
-        source,
-        row_ranges(0, len(source), batch_size),
-        preprocess=preprocess,
-        workers=workers,
-        bad=bad,
-        ranks=ranks,
-        pool=pool,
-        last_blocks=last_blocks,
-        precision=precision,
-    ) as stream:
-        for part in stream:
-            parts.append(part)
-            done += len(part.batch)
-            if on_rate is not None:
-                on_rate(done, time.perf_counter() - started)
-    index = np.concatenate([np.zeros(0, np.int64), *(part.batch.index for part in parts)])
-
-    def joined(tensors: list[Tensor | None]) -> np.ndarray | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(present).numpy() if present else None
-
-    pooled = joined([part.pooled for part in parts])
-    return Features(
-        index=index,
-        pooled=np.zeros((0, pooled_dim(backbone.embed_dim, pool)), np.float32) if pooled is None else pooled,
-        labels=None if source.labels is None else source.labels[index],
-        label_names=source.label_names,
-        class_tokens=joined([part.class_tokens for part in parts]),
-        averaged_patches=joined([part.averaged_patches for part in parts]),
-        seconds=time.perf_counter() - started,
-    )

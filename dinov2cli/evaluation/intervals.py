@@ -4,7 +4,7 @@ The paired bootstrap answers "is model B better than model A on these very image
 two scores separately, so what is common to both models cancels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -12,11 +12,14 @@ from statistics import NormalDist
 import numpy as np
 
 from dinov2cli.errors import UserError
+from dinov2cli.evaluation.statistics import Statistic
 
 DEFAULT_CONFIDENCE = 0.95
 DEFAULT_RESAMPLES = 2000
 # Draws made at once by the resampling of general values: 8 M indices of 8 bytes stay at 64 MB.
 _DRAWS_PER_CHUNK = 8_000_000
+# Weights of units that are held at once: 4 M float64 are 32 MB, and what is made of them a few times that.
+_WEIGHTS_PER_CHUNK = 4_000_000
 # Values with at most this many distinct levels (right/wrong, and their differences) are resampled by level counts.
 _MAX_LEVELS = 16
 
@@ -32,8 +35,8 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0.0 or self.high < 0.0
+        """Whether the interval leaves out zero; never so for a single unit, whose interval has no width."""
+        return self.n > 1 and (self.low > 0.0 or self.high < 0.0)
 
 
 def _check_confidence(confidence: float) -> None:
@@ -62,8 +65,12 @@ def wilson_interval(successes: int, n: int, *, confidence: float = DEFAULT_CONFI
 
 
 def _percentiles(replicates: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Of the replicates that exist: a resample may hold no unit with a say in the metric."""
     tail = (1 - confidence) / 2
-    low, high = np.quantile(replicates, [tail, 1 - tail])
+    found = replicates[~np.isnan(replicates)]
+    if not len(found):
+        return float("nan"), float("nan")
+    low, high = np.quantile(found, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -83,6 +90,86 @@ def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generato
     return means
 
 
+def _check_counts(n: int, resamples: int) -> None:
+    if n < 2 or resamples < 2:
+        raise ValueError(f"a bootstrap needs at least 2 samples and 2 resamples, got {n} and {resamples}")
+
+
+def resample_weights(n: int, resamples: int, *, seed: int) -> Iterator[np.ndarray]:
+    """How often each of n units is drawn in each resample: float64 [r, n] blocks, `resamples` rows in all, the same for
+    the same n and seed, whatever they are used for."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    rows = max(1, _WEIGHTS_PER_CHUNK // n)
+    for start in range(0, resamples, rows):
+        block = np.empty((min(rows, resamples - start), n))
+        for row in block:
+            row[:] = np.bincount(rng.integers(0, n, size=n), minlength=n)
+        yield block
+
+
+def interval(
+    statistic: Statistic,
+    *,
+    seed: int,
+    resamples: int = DEFAULT_RESAMPLES,
+    confidence: float = DEFAULT_CONFIDENCE,
+) -> tuple[float, float]:
+    """Interval (low, high) of a metric over the choice of its units: Wilson for shares of units (a mean of zeros and
+    ones), else percentile bootstrap.
+
+    With one unit there is nothing to resample: low and high are its value. NaN where the metric has no value.
+    """
+    _check_confidence(confidence)
+    n = len(statistic)
+    if statistic.kind == "mean" and n:
+        values = statistic.values[:, 0]
+        if np.isin(values, (0.0, 1.0)).all():
+            return wilson_interval(int(values.sum()), n, confidence=confidence)
+        if n > 1 and not np.isnan(values).any():
+            return bootstrap_mean_interval(values, seed=seed, resamples=resamples, confidence=confidence)
+    value = statistic.value()
+    if n < 2 or np.isnan(value):
+        return value, value
+    _check_counts(n, resamples)
+    blocks = [statistic.replicates(weights) for weights in resample_weights(n, resamples, seed=seed)]
+    return _percentiles(np.concatenate(blocks), confidence)
+
+
+def difference(
+    before: Statistic,
+    after: Statistic,
+    *,
+    seed: int,
+    resamples: int = DEFAULT_RESAMPLES,
+    confidence: float = DEFAULT_CONFIDENCE,
+) -> Difference:
+    """Change of a metric from one model to another over the same units, in the same order, by a paired bootstrap: every
+    resample weighs the units of both alike.
+
+    With one unit low and high are the change; NaN where one of the two has no value. Raises ValueError for metrics of
+    two kinds or over different numbers of units.
+    """
+    _check_confidence(confidence)
+    if before.kind != after.kind or len(before) != len(after):
+        raise ValueError(
+            f"a paired comparison needs one metric on the same units, got {before.kind} over {len(before)} and "
+            f"{after.kind} over {len(after)}"
+        )
+    n, change = len(before), after.value() - before.value()
+    if n < 2 or np.isnan(change):
+        return Difference(change, change, change, n)
+    if before.kind == "mean":
+        return paired_difference(
+            before.values[:, 0], after.values[:, 0], seed=seed, resamples=resamples, confidence=confidence
+        )
+    _check_counts(n, resamples)
+    blocks = [
+        after.replicates(weights) - before.replicates(weights) for weights in resample_weights(n, resamples, seed=seed)
+    ]
+    low, high = _percentiles(np.concatenate(blocks), confidence)
+    return Difference(change, low, high, n)
+
+
 def bootstrap_interval(
     metric: Callable[[np.ndarray], float],
     n: int,
@@ -97,8 +184,7 @@ def bootstrap_interval(
     Raises ValueError if n < 2 or resamples < 2.
     """
     _check_confidence(confidence)
-    if n < 2 or resamples < 2:
-        raise ValueError(f"a bootstrap needs at least 2 samples and 2 resamples, got {n} and {resamples}")
+    _check_counts(n, resamples)
     rng = np.random.Generator(np.random.Philox(key=seed))
     replicates = np.array([metric(rng.integers(0, n, size=n)) for _ in range(resamples)], dtype=np.float64)
     return _percentiles(replicates, confidence)
@@ -114,8 +200,7 @@ def bootstrap_mean_interval(
     """Percentile bootstrap interval of the mean of per-image scores [n]. Raises ValueError if n < 2."""
     _check_confidence(confidence)
     values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2 or resamples < 2:
-        raise ValueError(f"a bootstrap needs at least 2 samples and 2 resamples, got {len(values)} and {resamples}")
+    _check_counts(len(values), resamples)
     rng = np.random.Generator(np.random.Philox(key=seed))
     return _percentiles(_resampled_means(values, resamples, rng), confidence)
 

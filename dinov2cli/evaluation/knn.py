@@ -11,10 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dinov2cli.artifacts.results import ResultRow
 from dinov2cli.errors import InputError, UserError
-from dinov2cli.evaluation.intervals import DEFAULT_CONFIDENCE
-from dinov2cli.evaluation.scores import accuracy_row, require_finite, true_class_ranks
+from dinov2cli.evaluation.scores import require_finite, true_class_ranks
 from dinov2cli.search.neighbours import top_k
 
 DEFAULT_KS = (10, 20, 100, 200)
@@ -31,6 +29,7 @@ class KnnResult:
     ks: tuple[int, ...]
     ranks: dict[int, np.ndarray]  # k -> int64 [n]: classes before the true one; n_classes when it got no vote
     predictions: dict[int, np.ndarray]  # k -> int64 [n]
+    confidences: dict[int, np.ndarray]  # k -> float32 [n]: share of the votes that the predicted class got
     neighbours: np.ndarray  # int64 [n, max k]: rows of the train set, most similar first
     similarities: np.ndarray  # float32 [n, max k]: cosine
     n_classes: int
@@ -49,34 +48,22 @@ class KnnResult:
         """Return right/wrong per test image, bool [n], at this k (default: `headline_k`)."""
         return self.ranks[self.headline_k if k is None else k] < top
 
-    def rows(self, *, model: str, dataset: str, confidence: float = DEFAULT_CONFIDENCE) -> list[ResultRow]:
-        """Return rows `top1_k10`, `top5_k10`, ...; top-5 only where there are more than five classes."""
-        rows = []
-        for k in self.ks:
-            settings = {
-                "k": k,
-                "temperature": self.temperature,
-                "similarity": "cosine",
-                "classes": self.n_classes,
-                "train_images": self.n_train,
-                "leave_one_out": self.leave_one_out,
-            }
-            if self.notes:
-                settings["notes"] = self.notes
-            for top in (1, 5) if self.n_classes > 5 else (1,):
-                rows.append(
-                    accuracy_row(
-                        self.correct(k, top=top),
-                        model=model,
-                        task="knn",
-                        dataset=dataset,
-                        metric=f"top{top}_k{k}",
-                        settings=settings,
-                        seconds=self.seconds,
-                        confidence=confidence,
-                    )
-                )
-        return rows
+
+@dataclass(frozen=True)
+class FewShotResult:
+    """Outcome of the k-NN classifier that votes from `shots` training images of each class, over several draws.
+
+    shares: (k, top) -> float64 [n]: in what share of the draws the true class of a test image was among the first
+    `top`; spread: (k, top) -> standard deviation of the accuracy from draw to draw (0 for one draw).
+    """
+
+    shots: int
+    tries: int
+    ks: tuple[int, ...]
+    shares: dict[tuple[int, int], np.ndarray]
+    spread: dict[tuple[int, int], float]
+    n_train: int
+    notes: list[str] = field(default_factory=list)
 
 
 def clip_ks(ks: Sequence[int], available: int) -> tuple[tuple[int, ...], list[str]]:
@@ -141,10 +128,11 @@ def _vote(
     ks: tuple[int, ...],
     n_classes: int,
     temperature: float,
-) -> tuple[dict[int, list[torch.Tensor]], dict[int, list[torch.Tensor]]]:
-    """Ranks and predictions per k from neighbours' similarities and labels [n, max k], and the true labels [n]."""
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Ranks, predictions, confidences per k from neighbours' similarities and labels [n, max k], and the truth [n]."""
     ranks: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
     predictions: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    confidences: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
     # Blocks of queries keep the table of class scores near 16 M values whatever the number of classes.
     block = max(1, 16_000_000 // n_classes)
     for start in range(0, len(truth), block):
@@ -159,8 +147,14 @@ def _vote(
             rank = true_class_ranks(scores, truth[start:stop])
             unseen = scores.gather(1, truth[start:stop, None])[:, 0] == 0
             ranks[k].append(rank.masked_fill(unseen, n_classes))
-            predictions[k].append(scores.argmax(dim=1))
-    return ranks, predictions
+            votes, winner = scores.max(dim=1)
+            predictions[k].append(winner)
+            confidences[k].append(votes / scores.sum(dim=1))
+
+    def joined(parts: dict[int, list[torch.Tensor]]) -> dict[int, np.ndarray]:
+        return {k: torch.cat(tensors).cpu().numpy() for k, tensors in parts.items()}
+
+    return joined(ranks), joined(predictions), joined(confidences)
 
 
 def knn_classify(
@@ -201,11 +195,12 @@ def knn_classify(
         similarities, rows = torch.from_numpy(found[0]), torch.from_numpy(found[1])
     else:
         similarities, rows = nearest(test, train, used_ks[-1], leave_one_out=leave_one_out)
-    ranks, predictions = _vote(similarities, train_y[rows], test_y, used_ks, n_classes, temperature)
+    ranks, predictions, confidences = _vote(similarities, train_y[rows], test_y, used_ks, n_classes, temperature)
     return KnnResult(
         ks=used_ks,
-        ranks={k: torch.cat(parts).cpu().numpy() for k, parts in ranks.items()},
-        predictions={k: torch.cat(parts).cpu().numpy() for k, parts in predictions.items()},
+        ranks=ranks,
+        predictions=predictions,
+        confidences=confidences,
         neighbours=rows.cpu().numpy(),
         similarities=similarities.cpu().numpy(),
         n_classes=n_classes,
@@ -214,4 +209,60 @@ def knn_classify(
         n_train=len(train),
         seconds=time.perf_counter() - started,
         notes=notes,
+    )
+
+
+def few_shot_rows(labels: np.ndarray, shots: int, *, seed: int) -> np.ndarray:
+    """Rows of `shots` images of each class, drawn without replacement, int64, sorted; labels [n] are 0..C-1.
+
+    A class with fewer images gives all of them.
+    """
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]
+    return np.sort(np.concatenate(drawn))
+
+
+def few_shot_knn(
+    train_features: np.ndarray | torch.Tensor,
+    train_labels: np.ndarray,
+    test_features: np.ndarray | torch.Tensor,
+    test_labels: np.ndarray,
+    *,
+    shots: int,
+    tries: int,
+    seed: int,
+    ks: Sequence[int] = DEFAULT_KS,
+    temperature: float = DEFAULT_TEMPERATURE,
+    device: str | torch.device = "cpu",
+) -> FewShotResult:
+    """As `knn_classify` with `shots` training images of each class only, drawn `tries` times; draw t follows from seed
+    and t alone. Raises UserError for fewer than one shot or try, else what `knn_classify` raises.
+    """
+    if shots < 1 or tries < 1:
+        raise UserError(
+            f"few-shot k-NN: {shots} shots and {tries} tries, expected whole numbers from 1: use --shots 1,5"
+        )
+    train = torch.as_tensor(train_features)
+    fewest = int(np.unique(train_labels, return_counts=True)[1].min())
+    notes = [f"{shots} shots: the smallest class has {fewest} training images, all are used"] if fewest < shots else []
+    hits: dict[tuple[int, int], list[np.ndarray]] = {}
+    for draw in range(tries):
+        rows = few_shot_rows(
+            train_labels, shots, seed=int(np.random.SeedSequence([seed, shots, draw]).generate_state(1)[0])
+        )
+        found = knn_classify(
+            train[rows], train_labels[rows], test_features, test_labels, ks=ks, temperature=temperature, device=device
+        )
+        for k in found.ks:
+            for top in (1, 5):
+                hits.setdefault((k, top), []).append(found.correct(k, top=top))
+    accuracies = {which: [float(draw.mean()) for draw in draws] for which, draws in hits.items()}
+    return FewShotResult(
+        shots=shots,
+        tries=tries,
+        ks=found.ks,
+        shares={which: np.mean(draws, axis=0) for which, draws in hits.items()},
+        spread={which: float(np.std(values, ddof=1)) if tries > 1 else 0.0 for which, values in accuracies.items()},
+        n_train=len(rows),
+        notes=notes + [f"{shots} shots: {note}" for note in found.notes],
     )

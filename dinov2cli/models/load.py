@@ -1,7 +1,7 @@
-"""Opens any MODEL: run, Hugging Face directory or hub name, official `.pth`, timm directory, name, descriptor file."""
+"""Opens any MODEL: run, Hugging Face directory or hub name, official `.pth`, timm directory, name, descriptor file,
+comparator of transformers, baseline."""
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -13,8 +13,11 @@ import torch
 from dinov2cli.artifacts.manifest import has_manifest, require_kind
 from dinov2cli.artifacts.output import file_sha256
 from dinov2cli.errors import InputError, UserError
-from dinov2cli.models.descriptors import Descriptor, open_descriptor, parse_descriptor
+from dinov2cli.models.baselines import open_baseline
+from dinov2cli.models.descriptors import Descriptor, canonical_descriptor, open_descriptor, parse_descriptor
+from dinov2cli.models.encoder import Encoder
 from dinov2cli.models.files import read_json, read_pth, read_safetensors, read_weights, weight_files
+from dinov2cli.models.hub import fetch_model, parse_hub
 from dinov2cli.models.preprocess import Preprocess, default_preprocess, read_preprocess
 from dinov2cli.models.registry import ARCHITECTURES, build, parse_architecture, suggest
 from dinov2cli.models.vit import VisionTransformer
@@ -31,7 +34,7 @@ from dinov2cli.models.weights import (
 log = logging.getLogger(__name__)
 
 _HF_TYPES = ("dinov2", "dinov2_with_registers")
-_HUB_NAME = re.compile(r"(?:hf:)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_BASELINE, _TRANSFORMERS = "baseline:", "transformers:"
 _WEIGHT_FILES = (".pth", ".pt", ".safetensors")
 T = TypeVar("T")
 
@@ -45,7 +48,7 @@ class LoadedModel:
     that the published thresholds hold.
     """
 
-    network: VisionTransformer | Descriptor
+    network: VisionTransformer | Encoder | Descriptor
     name: str
     preprocess: Preprocess
     random: bool
@@ -54,7 +57,18 @@ class LoadedModel:
 
     @property
     def backbone(self) -> VisionTransformer:
-        """The network, where it is a backbone; UserError for a descriptor, which has no tokens."""
+        """The network, where it is a backbone of ours; UserError for a descriptor, a comparator and a baseline."""
+        network = self.encoder
+        if isinstance(network, Encoder):
+            raise UserError(
+                f"model {self.name} is only for comparisons; expected a DINOv2 backbone here: transformers: and "
+                "baseline: models serve `dinov2 eval`"
+            )
+        return network
+
+    @property
+    def encoder(self) -> VisionTransformer | Encoder:
+        """The network, where it has tokens; UserError for a descriptor, which has none."""
         if isinstance(self.network, Descriptor):
             raise UserError(
                 f"model {self.name} gives one vector per image and has no tokens; expected a backbone here: "
@@ -84,7 +98,9 @@ def load_model(
         )
     path = Path(spec).expanduser()
     meta = torch.device(device).type == "meta"
-    if path.is_dir():
+    if spec.startswith((_BASELINE, _TRANSFORMERS)):
+        loaded = _load_comparator(spec, img_size, meta)
+    elif path.is_dir():
         loaded = _load_directory(path, path.resolve().name, meta)
     elif path.is_file():
         loaded = _load_file(path, meta)
@@ -92,10 +108,31 @@ def load_model(
         loaded = _random_model(spec, img_size, seed, meta)
     else:
         loaded = _load_hub(spec, path, meta)
-    if img_size is not None:
-        loaded = replace(loaded, preprocess=loaded.preprocess.with_crop(img_size, loaded.backbone.patch_size))
-    loaded.backbone.to(device).eval()
+    if img_size is not None and img_size != loaded.preprocess.crop:
+        loaded = replace(loaded, preprocess=loaded.preprocess.with_crop(img_size, loaded.encoder.patch_size))
+    loaded.network.to(device).eval()
     return loaded
+
+
+def canonical_spec(spec: str) -> str:
+    """Return a MODEL that means the same from any directory and however it was spelled: paths made absolute."""
+    described = canonical_descriptor(spec)
+    if described is not None:
+        return described
+    scheme = _TRANSFORMERS if spec.startswith(_TRANSFORMERS) else ""
+    path = Path(spec.removeprefix(scheme)).expanduser()
+    return f"{scheme}{path.resolve()}" if path.exists() else spec
+
+
+def _load_comparator(spec: str, img_size: int | None, meta: bool) -> LoadedModel:
+    scheme, _, rest = spec.partition(":")
+    if f"{scheme}:" == _BASELINE:
+        baseline = open_baseline(rest)
+        return LoadedModel(baseline.network, spec, baseline.preprocess, False, baseline.fingerprint)
+    from dinov2cli.models.transformers_encoder import open_transformers
+
+    opened = open_transformers(rest, img_size=img_size, meta=meta)
+    return LoadedModel(opened.network, opened.name, opened.preprocess, False, opened.fingerprint)
 
 
 def _random_model(arch: str, img_size: int | None, seed: int, meta: bool) -> LoadedModel:
@@ -131,7 +168,7 @@ def _load_directory(path: Path, name: str, meta: bool) -> LoadedModel:
         return _load_timm(path, name, config, meta)
     raise InputError(
         f"{path}/config.json is of a model of type {config.get('model_type')!r}, expected {' or '.join(_HF_TYPES)} "
-        "(Hugging Face) or a timm config"
+        f"(Hugging Face) or a timm config; transformers:{path} takes any image encoder to `dinov2 eval`"
     )
 
 
@@ -217,29 +254,17 @@ def _load_file(path: Path, meta: bool) -> LoadedModel:
 
 def _load_hub(spec: str, path: Path, meta: bool) -> LoadedModel:
     """A model on the hub, by `owner/name` or `owner/name@revision`; else the error for an unknown MODEL."""
-    match = _HUB_NAME.fullmatch(spec)
+    named = parse_hub(spec)
     # A name below an existing folder, or ending as a weights file, is a mistyped path rather than a hub name.
-    if match is None or (path.parent != Path(".") and path.parent.is_dir()) or path.suffix in _WEIGHT_FILES:
+    if named is None or (path.parent != Path(".") and path.parent.is_dir()) or path.suffix in _WEIGHT_FILES:
         plain = ", ".join(name for name in ARCHITECTURES if "_reg" not in name)
         raise InputError(
             f"model {spec!r} not found: {suggest(spec)}Expected a run or model directory, a .pth file, a hub name "
-            f"(owner/name) or an architecture ({plain}, each also with _reg4)"
+            f"(owner/name) or an architecture ({plain}, each also with _reg4); to compare with: transformers:DIR, "
+            "baseline:pixels, baseline:histogram"
         )
-    from huggingface_hub import snapshot_download  # slow to import, needed only here
-
-    try:
-        folder = snapshot_download(
-            match[1],
-            revision=match[2],
-            allow_patterns=["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"],
-        )
-    except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same to the user
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"model {spec!r} is no directory here and could not be fetched from the Hugging Face hub ({reason}): "
-            "check the name and the network, or give a local directory"
-        ) from None
-    return _load_directory(Path(folder), match[1], meta)
+    patterns = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+    return _load_directory(fetch_model(spec, *named, patterns), named[0], meta)
 
 
 def _fill(kwargs: dict[str, Any], state: StateDict, source: str, meta: bool) -> VisionTransformer:

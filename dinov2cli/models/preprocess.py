@@ -14,15 +14,16 @@ from dinov2cli.models.vit import patch_advice
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Pillow's numbers, which preprocessor_config.json stores.
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""Interpolations by Pillow's numbers, which preprocessor_config.json stores."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """Shorter side to `resize` pixels by `interpolation`, centre crop of `crop` pixels, then (x / 255 - mean) / std.
 
-    With `square` both sides are brought to `crop` pixels instead, whatever the aspect, and nothing is cut off.
+    With `square` both sides are brought to `resize` pixels instead, whatever the aspect; nothing is cut off where
+    `crop` is the same.
     """
 
     resize: int = 256
@@ -42,6 +43,10 @@ class Preprocess:
         """The same with another crop, the resize following in proportion. UserError if the patch does not divide it."""
         if crop < patch_size or crop % patch_size:
             raise UserError(f"image size {crop} {patch_advice(crop, patch_size)}")
+        return self.scaled(crop)
+
+    def scaled(self, crop: int) -> "Preprocess":
+        """The same with a crop of so many pixels, the resize following in proportion."""
         return replace(self, crop=crop, resize=max(crop, round(self.resize * crop / self.crop)))
 
     def fitted(self, patch_size: int) -> "Preprocess":
@@ -72,7 +77,8 @@ def read_preprocess(file: Path) -> Preprocess:
             crop=crop,
             mean=tuple(raw.get("image_mean", IMAGENET_MEAN)) if normalize else (0.0,) * 3,
             std=tuple(raw.get("image_std", IMAGENET_STD)) if normalize else (1.0,) * 3,
-            interpolation=_RESAMPLE[raw.get("resample", 3)],
+            interpolation=RESAMPLE[raw.get("resample", 3)],
+            square=isinstance(raw.get("size"), dict) and "shortest_edge" not in raw["size"],
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file} cannot be read as a preprocessor ({type(error).__name__}: {error})") from None
@@ -85,7 +91,7 @@ def preprocessor_config(preprocess: Preprocess) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": preprocess.resize},
-        "resample": {name: number for number, name in _RESAMPLE.items()}[preprocess.interpolation],
+        "resample": {name: number for number, name in RESAMPLE.items()}[preprocess.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": preprocess.crop, "width": preprocess.crop},
         "do_rescale": True,

@@ -249,6 +249,11 @@ class VisionTransformer(nn.Module):
         first = 1 + self.num_register_tokens
         return [(seen[i][:, first:], seen[i][:, 0]) for i in blocks]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes: `.to` moves it."""
+        return self.cls_token.device
+
     def check_image(self, images: Tensor) -> None:
         """UserError unless the batch has this model's channels and sides that are multiples of the patch."""
         _, channels, height, width = images.shape

@@ -14,10 +14,7 @@ from dinov2cli.data.source import ImageSource
 from dinov2cli.evaluation.intervals import paired_difference
 from dinov2cli.models.load import LoadedModel
 from dinov2cli.report.demo import Comparison
-from dinov2cli.report.grids import Neighbour
-from dinov2cli.report.thumbnails import spread, thumbnail
-
-_SHOWN = 5
+from dinov2cli.report.thumbnails import spread
 
 
 def compare_results(before: Path, after: Path, *, name: str, metric: str, seed: int) -> Comparison:
@@ -27,7 +24,7 @@ def compare_results(before: Path, after: Path, *, name: str, metric: str, seed: 
     if tables[0].column("id") != tables[1].column("id"):
         raise ValueError(f"{before} and {after} were not measured on the same images")
     correct = [np.asarray(table.column("correct").to_pylist(), dtype=np.float64) for table in tables]
-    classes = rows[0].settings.get("classes")
+    classes = rows[0].settings["found"].get("classes")
     return Comparison(
         name=name,
         before=(rows[0].value, rows[0].ci_low, rows[0].ci_high),
@@ -36,31 +33,6 @@ def compare_results(before: Path, after: Path, *, name: str, metric: str, seed: 
         n=rows[0].n,
         chance=1 / int(classes) if classes else None,
     )
-
-
-def neighbour_rows(
-    predictions: pa.Table, train: ImageSource, test: ImageSource, *, queries: int = _SHOWN
-) -> list[tuple[np.ndarray, str, list[Neighbour]]]:
-    """Test images of different classes, each with its nearest training images, for `knn_neighbours`."""
-    train_row = {name: row for row, name in enumerate(train.ids)}
-    test_row = {name: row for row, name in enumerate(test.ids)}
-    found = []
-    first_of_class = sorted({label: i for i, label in reversed(list(enumerate(_labels(predictions))))}.values())
-    for record in predictions.take(pa.array(spread(first_of_class, queries))).to_pylist():
-        image = thumbnail(test, test_row[record["id"]])
-        near = []
-        columns = (record["neighbours"], record["neighbour_labels"], record["similarities"])
-        for name, label, similarity in zip(*columns, strict=True):
-            pixels = thumbnail(train, train_row[name])
-            if pixels is not None:
-                near.append(Neighbour(pixels, label, float(similarity), label == record["label"]))
-        if image is not None:
-            found.append((image, record["label"], near))
-    return found
-
-
-def _labels(predictions: pa.Table) -> list[str]:
-    return predictions.column("label").to_pylist()
 
 
 def planted_copies_found(dropped: pa.Table, truth: Sequence[PlantedCopy]) -> tuple[int, int, int]:

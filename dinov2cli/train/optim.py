@@ -1,4 +1,5 @@
-"""AdamW parameter groups of DINOv2 and gradient clipping per sub-module (METHOD §2, §8.9, §8.10)."""
+"""AdamW parameter groups of DINOv2 and gradient clipping per sub-module (METHOD §2, §8.9, §8.10); also for fine-tuning,
+whose backbone may be any encoder with numbered layers."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,12 +11,14 @@ from dinov2cli.train.schedules import StepValues
 from dinov2cli.train.sharding import full
 
 _TOKENS = ("cls_token", "pos_embed", "mask_token", "register_tokens")
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+# `blocks.3.` in ours, `layers.3.` or `layer.3.` in other encoders; likewise what comes before the first of them.
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)\.")
+_BEFORE = re.compile(r"(?:^|\.)(?:patch_embed|embeddings|pre_layrnorm)\.")
 
 
 def layer_id(name: str, depth: int) -> int:
     """Layer of a backbone parameter for the decay: 0 tokens and patch embedding, i + 1 block i, depth + 1 the rest."""
-    if name in _TOKENS or name.startswith("patch_embed."):
+    if name in _TOKENS or _BEFORE.search(name):
         return 0
     block = _BLOCK.search(name)
     return int(block[1]) + 1 if block else depth + 1
@@ -48,7 +51,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         scale = lr_scale(name, depth, layerwise_decay=layerwise_decay, patch_embed_lr=patch_embed_lr)
-        decay = 1.0 if has_weight_decay(name) else 0.0
+        # Of encoders whose names follow other customs: what is no matrix is a bias, a gain or a single token.
+        decay = 1.0 if has_weight_decay(name) and parameter.ndim > 1 else 0.0
         key = (scale, decay, "last_layer" in name)
         new = {"params": [], "names": [], "lr_scale": scale, "wd_scale": decay, "last_layer": key[2]}
         group = groups.setdefault(key, new)

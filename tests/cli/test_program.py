@@ -7,15 +7,17 @@ import sys
 
 import pytest
 
+from dinov2cli.evaluation.tasks.registry import TASKS
 from tests.cli.conftest import TINY
 
 COMMANDS = [
-    *("embed", "dedup", "curate", "pack", "pretrain", "export", "eval knn", "eval linear"),
+    *("embed", "dedup", "curate", "pack", "pretrain", "export", "eval compare", "eval suite"),
+    *(f"eval {task}" for task in TASKS),
     *("demo", "doctor", "info", "bench", "recipes"),
 ]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["pretrain", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["pretrain", "--help"], ["eval", "depth", "--help"]])
 def test_help_and_version_are_quick_and_without_torch(arguments):
     """Under half a second of processor time; wall time on a shared machine says nothing."""
     code = f"""
@@ -42,7 +44,9 @@ def test_every_command_explains_itself(dinov2, command):
     assert len(done.out) > 300
 
 
-@pytest.mark.parametrize("command", ["embed", "dedup", "curate", "pack", "pretrain", "eval knn", "eval linear"])
+@pytest.mark.parametrize(
+    "command", ["embed", "dedup", "curate", "pack", "pretrain", *(f"eval {task}" for task in TASKS)]
+)
 def test_common_options_are_the_same_everywhere(dinov2, command):
     text = dinov2(*command.split(), "--help").out
     common = "--config --set --dry-run --json --quiet --verbose --overwrite --workers --device --seed"

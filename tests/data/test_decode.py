@@ -164,7 +164,7 @@ def test_extreme_shapes_stay_small_and_central(monkeypatch):
     assert result[:, :, 112].min() > 200
     assert resize_center_crop(np.ascontiguousarray(image.transpose(1, 0, 2)), 256, 224)[:, 112].min() > 200
     resized = []
-    monkeypatch.setattr(decode, "resize_uint8", lambda *args: resized.append(args[1:]) or torch.zeros(3, *args[1:]))
+    monkeypatch.setattr(decode, "resize_uint8", lambda *args: resized.append(args[1:3]) or torch.zeros(3, *args[1:3]))
     resize_center_crop(image, 256, 224)
     assert resized == [(256, 1024)]  # not 256 x 256,000
     monkeypatch.undo()

@@ -1,12 +1,8 @@
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from dinov2cli.data.source import open_source
-from dinov2cli.errors import InputError, UserError
-from dinov2cli.evaluation import tasks
-from dinov2cli.evaluation.features import Features, extract, extract_source, pooled_dim
+from dinov2cli.errors import UserError
+from dinov2cli.evaluation.features import extract, pooled_dim
 from dinov2cli.models.preprocess import Preprocess
 from dinov2cli.models.vit import VisionTransformer
 
@@ -104,61 +100,3 @@ def test_unknown_names_fail_before_the_first_image(backbone):
         next(extract(backbone, never(), preprocess=PREPROCESS, pool="max"))
     with pytest.raises(UserError, match=r"precision: found 'fp8'; expected"):
         next(extract(backbone, never(), preprocess=PREPROCESS, precision="fp8"))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Red and green images, a little noise; one file of the training set is not an image."""
-    root = tmp_path_factory.mktemp("folders")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("test", 5)):
-        for channel, name in enumerate(("red", "green")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 60, (40, 40, 3))
-                pixels[..., channel] += 150
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
-    (root / "train" / "red" / "03.png").write_bytes(b"not an image")
-    return root
-
-
-def test_source_to_benchmarks(backbone, folders):
-    train_source = open_source(str(folders / "train"), label_from="folder")
-    test_source = open_source(str(folders / "test"), label_from="folder")
-    train = extract_source(backbone, train_source, preprocess=PREPROCESS, last_blocks=4, batch_size=5)
-    test = extract_source(backbone, test_source, preprocess=PREPROCESS, last_blocks=4, batch_size=5)
-    assert len(train) == 23 and len(test) == 10
-    bad = train_source.ids.index("red/03.png")
-    assert bad not in train.index
-    assert np.array_equal(train.labels, train_source.labels[train.index])
-
-    found = tasks.knn(train, test, ks=[5, 50])
-    assert found.class_names == ["green", "red"]
-    assert found.result.ks == (5, 23) and found.result.correct(5).all()
-    nearest = train_source.paths[found.train_index[found.result.neighbours[0, 0]]]
-    assert "green" in nearest and "green" in test_source.paths[found.test_index[0]]
-
-    alone = tasks.knn(train, None, ks=[5])
-    assert alone.result.leave_one_out and len(alone.result.ranks[5]) == 23
-
-    probe = tasks.linear(train, test, seed=0, steps=100)
-    assert probe.result.correct().mean() == 1.0
-    assert np.array_equal(probe.test_labels, found.test_labels)
-
-
-def test_unlabelled_images_are_left_out_and_rows_still_point_home():
-    def features(index, labels):
-        x = np.eye(4, dtype=np.float32)[np.asarray(labels) % 4]
-        return Features(np.asarray(index), x, np.asarray(labels), None, None, None, 0.0)
-
-    train = features([0, 2, 4, 6], [0, -1, 1, 0])
-    test = features([1, 3, 5], [1, -1, 0])
-    found = tasks.knn(train, test, ks=[1])
-    assert found.train_index.tolist() == [0, 4, 6] and found.test_index.tolist() == [1, 5]
-    assert found.result.correct(1).tolist() == [True, True]
-    assert found.train_index[found.result.neighbours[0, 0]] == 4
-    with pytest.raises(InputError, match=r"^b has 1 class that a lacks \(3\)"):
-        tasks.knn(train, features([0], [3]), train_spec="a", test_spec="b")
-    with pytest.raises(ValueError, match="needs features extracted with last_blocks > 0"):
-        tasks.linear(train, test, seed=0)

@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinov2cli.errors import InputError, UserError, WorkError
-from dinov2cli.evaluation.knn import knn_classify, nearest
+from dinov2cli.evaluation.knn import few_shot_knn, few_shot_rows, knn_classify, nearest
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +117,53 @@ def test_k_is_clipped_with_a_note(digits):
     assert knn_classify(train[:50], train_y[:50], train[:50], train_y[:50], leave_one_out=True).ks == (10, 20, 49)
 
 
-def test_rows_name_k_and_carry_the_interval(digits):
+def test_the_headline_is_fixed(digits):
     train, train_y, test, test_y = digits
-    result = knn_classify(train, train_y, test, test_y)
-    rows = result.rows(model="pixels", dataset="digits")
-    assert [row.metric for row in rows] == [f"top{t}_k{k}" for k in (10, 20, 100, 200) for t in (1, 5)]
-    for row in rows:
-        assert row.task == "knn" and row.n == 597 and row.ci_low < row.value < row.ci_high
-        assert row.settings["train_images"] == 1200
-    assert rows[0].value > 0.9
-    assert result.headline_k == 20
+    assert knn_classify(train, train_y, test, test_y).headline_k == 20
+    assert knn_classify(train, train_y, test, test_y, ks=(50, 5)).headline_k == 5
+
+
+def test_confidence_is_the_share_of_the_votes(digits):
+    train, train_y, test, test_y = digits
+    oracle = KNeighborsClassifier(
+        n_neighbors=20, algorithm="brute", metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(train, train_y)
+    result = knn_classify(train, train_y, test, test_y, ks=[20, 100])
+    assert np.allclose(result.confidences[20], oracle.predict_proba(test).max(axis=1), atol=1e-5)
+
+
+def test_few_shots_are_the_mean_of_their_draws(digits):
+    train, train_y, test, test_y = digits
+    asked = {"shots": 3, "ks": [1, 10], "seed": 7}
+    few = few_shot_knn(train, train_y, test, test_y, tries=4, **asked)
+    assert few.n_train == 30 and few.ks == (1, 10) and not few.notes
+    single = [few_shot_knn(train, train_y, test, test_y, tries=t, **asked) for t in (1, 2, 3)]
+    # Draw t does not depend on how many there are, so each draw alone follows from the means.
+    means = [single[0], single[1], single[2], few]
+    draws = np.diff([each.shares[10, 1] * t for t, each in enumerate(means, 1)], axis=0, prepend=0)
+    assert np.allclose(draws, np.round(draws)) and set(np.round(draws).ravel()) == {0, 1}
+    assert few.spread[10, 1] == pytest.approx(np.std(draws.mean(axis=1), ddof=1))
+    assert few.spread[10, 1] > 0 and single[0].spread[10, 1] == 0
+    everything = knn_classify(train, train_y, test, test_y, ks=[10]).correct().mean()
+    assert 0.5 < few.shares[10, 1].mean() < everything
+
+
+def test_few_shot_rows_are_drawn_evenly_and_a_small_class_gives_all():
+    labels = np.repeat([0, 1, 2], [10, 2, 6])
+    drawn = [few_shot_rows(labels, 3, seed=seed) for seed in range(200)]
+    for rows in drawn:
+        assert np.bincount(labels[rows]).tolist() == [3, 2, 3] and len(set(rows)) == 8
+    often = np.bincount(np.concatenate(drawn), minlength=18) / 200
+    assert np.allclose(often[:10], 0.3, atol=0.12) and np.allclose(often[12:], 0.5, atol=0.15)
+    rng = np.random.default_rng(0)
+    few = few_shot_knn(
+        rng.normal(size=(18, 4)), labels, rng.normal(size=(3, 4)), np.arange(3), shots=3, tries=2, seed=0, ks=[1]
+    )
+    assert few.notes == ["3 shots: the smallest class has 2 training images, all are used"]
+    few = few_shot_knn(
+        rng.normal(size=(18, 4)), labels, rng.normal(size=(3, 4)), np.arange(3), shots=1, tries=2, seed=0, ks=[2, 9]
+    )
+    assert few.ks == (2, 3) and few.notes == ["1 shots: k 9 clipped to the 3 training images there are"]
 
 
 def test_impossible_requests_say_what_to_use():
@@ -135,6 +172,8 @@ def test_impossible_requests_say_what_to_use():
         knn_classify(x, y, x, y, ks=[0])
     with pytest.raises(UserError, match=r"^the k-NN temperature is 0, expected a positive number: use 0.07$"):
         knn_classify(x, y, x, y, temperature=0)
+    with pytest.raises(UserError, match=r"^few-shot k-NN: 0 shots and 5 tries, expected whole numbers from 1"):
+        few_shot_knn(x, y, x, y, shots=0, tries=5, seed=0)
     with pytest.raises(InputError, match="leaves no neighbour to vote"):
         knn_classify(x[:1], y[:1], x[:1], y[:1], leave_one_out=True)
     with pytest.raises(WorkError, match="1 of 4 feature vectors of the training set hold NaN"):

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2cli.data.source import LabelLists
 from dinov2cli.errors import InputError, WorkError
-from dinov2cli.evaluation.scores import accuracy_row, align_labels, require_finite, true_class_ranks
+from dinov2cli.evaluation.scores import absent_note, align_label_lists, align_labels, require_finite, true_class_ranks
 
 
 def test_names_decide_when_both_sets_have_them():
@@ -48,16 +49,55 @@ def test_ranks_count_better_classes_and_ties_gain_nothing():
     assert true_class_ranks(scores, torch.tensor([2, 0, 2])).tolist() == [1, 0, 2]
 
 
-def test_row_holds_accuracy_and_interval():
-    row = accuracy_row(
-        np.array([True] * 3 + [False]),
-        model="m",
-        task="knn",
-        dataset="d",
-        metric="top1_k10",
-        settings={"k": 10},
-        seconds=1.23456,
+def test_labels_beyond_the_names_are_refused():
+    with pytest.raises(InputError) as caught:
+        align_labels(np.array([0, 1]), ["cat", "dog"], np.array([0, 2]), ["cat", "dog"], test_spec="b")
+    assert str(caught.value) == (
+        "b has label 2, but names for 2 classes only: expected labels from 0 to 1; correct the labels or the names"
     )
-    assert (row.value, row.n, row.seconds) == (0.75, 4, 1.235)
-    assert 0.3 < row.ci_low < 0.31 and 0.95 < row.ci_high < 0.96
-    assert row.settings == {"k": 10, "confidence": 0.95}
+
+
+def test_a_single_class_cannot_be_told_apart():
+    with pytest.raises(InputError) as caught:
+        align_labels(np.array([1, 1]), ["cat", "dog"], np.array([1]), ["cat", "dog"], train_spec="a")
+    assert str(caught.value) == "a has one class (dog), so there is nothing to tell apart; expected two or more"
+
+
+def test_two_classes_of_one_name_are_refused():
+    with pytest.raises(InputError, match=r"^a has several classes of one name \(crane\): give each its own$"):
+        align_labels(np.array([0, 1, 2]), ["crane", "crane", "owl"], np.array([2]), ["a", "b", "owl"], train_spec="a")
+
+
+def test_classes_without_a_test_image_are_a_note():
+    names = ["cat", "dog", "eel", "fox", "gnu"]
+    assert absent_note(np.array([0, 1, 2, 3, 4, 0]), names) == []
+    (note,) = absent_note(np.array([1, 1]), names)
+    assert note.startswith("4 of 5 classes have no test image (cat, eel, fox, ...): figures are of the others")
+
+
+def test_lists_become_tables_in_one_numbering():
+    train = LabelLists([[0, 2], [], None, [1]], ["cat", "dog", "eel"])
+    test = LabelLists([[0], [1, 0]], ["eel", "cat"])
+    first, second, names = align_label_lists(train, test)
+    assert names == ["cat", "dog", "eel"]
+    assert first.tolist() == [[True, False, True], [False] * 3, [False] * 3, [False, True, False]]
+    assert second.tolist() == [[False, False, True], [True, False, True]]
+    by_number = align_label_lists(LabelLists([[5], [9, 5], []], None), LabelLists([[9]], None))
+    assert by_number[2] == ["5", "9"] and by_number[1].tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize(
+    "train, test, message",
+    [
+        (None, LabelLists([[0]], None), "a has no lists of labels and mean average precision needs them"),
+        (LabelLists([[0], [1]], None), LabelLists([[], None], None), "b has no lists of labels"),
+        (LabelLists([[0], [1]], None), LabelLists([[0, 7]], None), "b has 1 class that a lacks (7): give both"),
+        (LabelLists([[0], [3]], ["x", "y"]), LabelLists([[0]], ["x", "y"]), "a has label 3, but names for 2 classes"),
+        (LabelLists([[4], [4], None], None), LabelLists([[4]], None), "a has one class (4), so there is nothing"),
+        (LabelLists([[4, 5], [4], None], None), LabelLists([[4]], None), "a: class 4 is in every image, so there"),
+    ],
+)
+def test_unfit_lists_are_named(train, test, message):
+    with pytest.raises(InputError) as caught:
+        align_label_lists(train, test, train_spec="a", test_spec="b")
+    assert str(caught.value).startswith(message)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dinov2cli.cli.frame import canonical_model
-from dinov2cli.data.decode import decode_image, resize_square
-from dinov2cli.data.loader import read_ranges
+from dinov2cli.data.decode import decode_image, resize_uint8
+from dinov2cli.data.loader import CentreView, read_ranges
 from dinov2cli.data.source import open_source
 from dinov2cli.errors import InputError, UserError
 from dinov2cli.evaluation.features import extract, stream_features
@@ -133,7 +133,7 @@ def test_a_model_means_the_same_from_every_directory(tmp_path, monkeypatch):
 def test_squares_match_pillow(size):
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    result = resize_square(np.array(image), 64)
+    result = resize_uint8(np.array(image), 64, 64, "bilinear")
     assert result.shape == (3, 64, 64) and result.dtype == torch.uint8
     expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
     difference = np.abs(result.permute(1, 2, 0).numpy().astype(int) - expected)
@@ -146,7 +146,9 @@ def test_squares_are_read_in_order_with_what_could_not_be_read(workers, tmp_path
         Image.new("RGB", (30 + number, 50), (number * 40, 0, 9)).save(tmp_path / f"{number}.png")
     (tmp_path / "3.png").write_bytes(b"broken")
     source = open_source(str(tmp_path))
-    readings = list(read_ranges(source, [(0, 2), (2, 4), (4, 6)], resize=32, crop=32, square=True, workers=workers))
+    readings = list(
+        read_ranges(source, [(0, 2), (2, 4), (4, 6)], view=CentreView(32, 32, square=True), workers=workers)
+    )
     assert [list(reading.batch.index) for reading in readings] == [[0, 1], [2], [4, 5]]
     assert [len(reading.failures) for reading in readings] == [0, 1, 0]
     images = torch.cat([reading.batch.images for reading in readings])

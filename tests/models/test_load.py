@@ -170,7 +170,8 @@ def test_hub_name_goes_through_a_snapshot(backbone, exported, monkeypatch):
 def test_unknown_models_are_answered_with_the_nearest_names(tmp_path, monkeypatch):
     known = (
         "Expected a run or model directory, a .pth file, a hub name (owner/name) or an architecture (tiny, vitt8, "
-        "vitti14, vitti16, vits14, vits16, vitb14, vitb16, vitl14, vitl16, vitg14, vitg16, each also with _reg4)"
+        "vitti14, vitti16, vits14, vits16, vitb14, vitb16, vitl14, vitl16, vitg14, vitg16, each also with _reg4); "
+        "to compare with: transformers:DIR, baseline:pixels, baseline:histogram"
     )
     assert refusal("vits_14") == f"model 'vits_14' not found: did you mean vits14 or vits16? {known}"
     missing = str(tmp_path / "gone")
@@ -195,7 +196,7 @@ def test_folders_that_hold_no_model(tmp_path, exported):
     config.write_text(text.replace('"dinov2"', '"vit"', 1))
     assert refusal(exported) == (
         f"{config} is of a model of type 'vit', expected dinov2 or dinov2_with_registers (Hugging Face) or a timm "
-        "config"
+        f"config; transformers:{exported} takes any image encoder to `dinov2 eval`"
     )
     config.write_text("{")
     assert refusal(exported).startswith(f"{config} cannot be read as JSON")

@@ -14,8 +14,9 @@ from dinov2cli.evaluation.intervals import Difference
 from dinov2cli.report.curate import curate_report
 from dinov2cli.report.dedup import dedup_report, duplicate_pair_samples
 from dinov2cli.report.demo import Comparison, change_sentence, demo_report
+from dinov2cli.report.evaluation import ModelResult, evaluation_report
 from dinov2cli.report.grids import DuplicatePair, Neighbour
-from dinov2cli.report.results import metric_name, results_report
+from dinov2cli.report.results import metric_name
 from dinov2cli.report.run import run_report
 from dinov2cli.report.thumbnails import spread, thumbnail, thumbnails
 
@@ -233,9 +234,10 @@ def test_results_report_shows_figures_with_intervals_and_settings():
         ResultRow("m", "knn", "d", f"top1_k{k}", 0.63, 0.6, 0.66, 1234, {"k": k, "classes": 7, "confidence": 0.9}, 1.0)
         for k in (10, 20)
     ]
-    page = results_report(rows, title="knn of m")
-    for part in ("m on d: 1,234 test images.", "knn, top-1, k = 10", "63.0 %", "[60.0, 66.0]", "90% confidence"):
+    page = evaluation_report({"m": ModelResult(rows)}, title="knn of m")
+    for part in ("On d: 1,234 units.", "knn, top-1, k = 10", "63.0 %", "[60.0, 66.0]", "90% confidence"):
         assert part in page, part
     assert "<td>classes</td>" in page and "<td>k</td>" not in page
     assert metric_name("top5_k200") == "top-5, k = 200" and metric_name("miou") == "miou"
-    assert "There are no results." in results_report([], title="t")
+    assert metric_name("mean_per_class") == "mean per class"
+    assert "There are no results." in evaluation_report({}, title="t")

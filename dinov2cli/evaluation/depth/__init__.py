@@ -1,0 +1,1 @@
+"""Monocular depth with linear and DPT heads on frozen patch tokens."""

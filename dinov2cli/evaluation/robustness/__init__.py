@@ -1,0 +1,1 @@
+"""Shifted sets and corruptions."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation with a linear layer on frozen patch tokens."""

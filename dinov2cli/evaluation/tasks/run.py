@@ -1,0 +1,102 @@
+"""Runs a task on a trial and turns what it finds into result rows with intervals."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dinov2cli.artifacts.results import ResultRow, Scores
+from dinov2cli.evaluation.intervals import interval
+from dinov2cli.evaluation.tasks.interface import Figure, Judged, Task
+from dinov2cli.evaluation.tasks.trial import Trial
+
+
+@dataclass
+class Outcome:
+    """What one model came to in one task: a row for each figure, what the figures are made of, and all else."""
+
+    rows: list[ResultRow]
+    scores: list[Scores]
+    judged: Judged
+
+
+def run_task(
+    task: Task,
+    trial: Trial,
+    *,
+    model: str,
+    dataset: str,
+    confidence: float,
+    resamples: int,
+    settings: dict[str, Any],
+) -> Outcome | None:
+    """Run `task`, checked before, on every process of a launch. None on all but the main one.
+
+    model, dataset: what results call them; settings: what else the figures depend on, recorded with each. Raises what
+    the task raises, on all.
+    """
+    started = time.perf_counter()
+    collected = trial.ranks.together(lambda: task.collect(trial))
+    found: list[Outcome] = []
+
+    def judge() -> None:
+        judged = task.judge(trial, collected)
+        _warn_of_overlap(trial, judged)
+        for note in judged.notes:
+            trial.warn(note)
+        described = {"model": model, "dataset": dataset, "task": task.name}
+        protocol = {**asdict(task), **settings, "confidence": confidence, "resamples": resamples, "seed": trial.seed}
+        seconds = time.perf_counter() - started
+        rows = [
+            _row(figure, number == 0, judged, protocol, seconds=seconds, **described)
+            for number, figure in enumerate(judged.figures)
+        ]
+        scores = [figure.statistic.scores(judged.units) for figure in judged.figures]
+        found.append(Outcome(rows, scores, judged))
+
+    trial.ranks.first(judge)
+    return found[0] if found else None
+
+
+def _row(figure: Figure, headline: bool, judged: Judged, protocol: dict[str, Any], **described: Any) -> ResultRow:
+    limits = {key: protocol[key] for key in ("seed", "resamples", "confidence")}
+    low, high = interval(figure.statistic, **limits)
+    settings = {
+        **protocol,
+        "unit": figure.unit,
+        "lower_is_better": figure.lower_is_better,
+        "statistic": figure.statistic.kind,
+        "headline": headline,
+        **figure.settings,
+        "found": judged.settings,
+    }
+    if judged.notes:
+        settings["notes"] = judged.notes
+    described["seconds"] = round(described["seconds"], 3)
+    return ResultRow(
+        metric=figure.metric,
+        value=figure.statistic.value(),
+        ci_low=low,
+        ci_high=high,
+        n=figure.statistic.n,
+        settings=settings,
+        **described,
+    )
+
+
+def _warn_of_overlap(trial: Trial, judged: Judged) -> None:
+    """Note, loudly, how many test images are in the training set too, byte for byte."""
+    if trial.train is None or trial.same_images:  # the same set on both sides is what a task knows how to treat
+        return
+    train, test = (trial.digests.get(source.spec) for source in (trial.train, trial.test))
+    if train is None or test is None or not len(test):
+        return
+    known = set(map(bytes, np.ascontiguousarray(train)))
+    shared = sum(bytes(digest) in known for digest in np.ascontiguousarray(test))
+    judged.settings["test_images_in_train"] = shared
+    if shared:
+        judged.notes.append(
+            f"{shared} of {len(test)} test images ({shared / len(test):.1%}) are in the training set too: the figures "
+            "say in part how well they are remembered; take them out with `dinov2 dedup TRAIN --against TEST`"
+        )

@@ -1,0 +1,106 @@
+"""docs/evaluation.md and the README show what benchmarks/evaluation.json holds; as a program it updates the page."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "evaluation.md"
+FIGURES = json.loads((ROOT / "benchmarks" / "evaluation.json").read_text())
+
+
+def number(value: float, unit: str, *, signed: bool = False) -> str:
+    """A figure in its unit."""
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f}" if unit == "share" else f"{value:{sign}.3f}"
+
+
+def rows_of(task: dict) -> dict[str, dict]:
+    """The rows of the headline figure, by model."""
+    return {row["model"]: row for row in task["rows"] if row["metric"] == task["headline"]}
+
+
+def real() -> list[str]:
+    """Every task on its real case: trained, random weights, pixels."""
+    lines = [
+        "| task, data | figure | random weights | trained | trained − random | pixels or colours | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, task in FIGURES["tasks"].items():
+        unit, rows = task["unit"], rows_of(task)
+        shown = {"share": "%", "metres": "m"}.get(unit, "")
+        trained, floor = rows["trained"], rows["random"]
+        change = f"{number(trained['difference'], unit, signed=True)} " + " to ".join(
+            number(trained[f"difference_{end}"], unit, signed=True) for end in ("low", "high")
+        ).join("[]")
+        others = [row for model, row in rows.items() if model.startswith("baseline:")]
+        cells = [
+            name.replace("-", ", ", 1),
+            f"{task['headline']}, {shown}" if shown else task["headline"],
+            number(floor["value"], unit),
+            f"{number(trained['value'], unit)} [{number(trained['ci_low'], unit)}, {number(trained['ci_high'], unit)}]",
+            change,
+            number(others[0]["value"], unit) if others else "",
+            f"{task['seconds']['trained']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def speed() -> list[str]:
+    """The benches beside their references."""
+    bench = FIGURES["bench"]
+    return [
+        "| `dinov2 bench eval` | ours | reference | ours / reference |",
+        "| --- | --- | --- | --- |",
+        f"| linear: 52 heads, 10 epochs over features of {bench['rows']:,} images | {bench['linear_seconds']:.1f} s | "
+        f"its matrix products alone, {bench['linear_reference_seconds']:.1f} s | "
+        f"{bench['linear_seconds'] / bench['linear_reference_seconds']:.2f} |",
+        f"| k-NN: {bench['knn_tests']:,} queries, {bench['knn_references']:,} images, {bench['knn_dim']} numbers | "
+        f"{bench['knn_seconds']:.2f} s | one float32 product and top-k, {bench['knn_reference_seconds']:.2f} s | "
+        f"{bench['knn_seconds'] / bench['knn_reference_seconds']:.2f} |",
+        f"| logistic regression: {bench['logreg_values']} values of C | {bench['logreg_seconds']:.1f} s | "
+        f"scikit-learn over the same grid, {bench['logreg_reference_seconds']:.1f} s | "
+        f"{bench['logreg_seconds'] / bench['logreg_reference_seconds']:.2f} |",
+    ]
+
+
+TABLES = {"real": real, "speed": speed}
+
+
+def updated(page: str) -> str:
+    """The page with the text between its markers made anew."""
+    for name, make in TABLES.items():
+        text = "\n".join(make())
+        page = re.sub(
+            rf"<!-- {name} -->\n(?:.*?<!-- /{name} -->\n)?",
+            lambda _, name=name, text=text: f"<!-- {name} -->\n{text}\n<!-- /{name} -->\n",
+            page,
+            flags=re.S,
+        )
+    return page
+
+
+def test_the_page_shows_the_file():
+    page = PAGE.read_text()
+    assert all(f"<!-- /{name} -->" in page for name in TABLES)
+    assert updated(page) == page
+
+
+def test_trained_is_above_random_where_the_page_says_so():
+    """Figures of a recorded run, not of this one: a record that falls short must not be published as if it did not."""
+    for name, task in FIGURES["tasks"].items():
+        row = rows_of(task)["trained"]
+        better = row["difference_high"] < 0 if task["lower_is_better"] else row["difference_low"] > 0
+        assert better, name
+
+
+def test_the_readme_s_row_is_the_file_s():
+    (row,) = re.findall(r"^\| `eval` \|.*$", (ROOT / "README.md").read_text(), flags=re.M)
+    bench = FIGURES["bench"]
+    assert f"{bench['linear_seconds'] / bench['linear_reference_seconds']:.2f}" in row
+    assert f"{bench['logreg_reference_seconds'] / bench['logreg_seconds']:.1f}×" in row
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text()))

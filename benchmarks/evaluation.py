@@ -35,9 +35,9 @@ def entries(data: Path) -> list[dict]:
     for split in ("train", "val"):
         role = "train" if split == "train" else "test"
         rooms[role] = f"{data}/nyuv2/{split}.parquet?mask=segmentation&depth=depth"
-    metres = {"units_per_metre": 25.5, "steps": 1500}
+    metres = {"units_per_metre": 25.5, "size": 120, "steps": 400, "train_batch_size": 8}
     # 39 is the unlabelled rest.
-    scenes = {"ignore": [39, 255], "size": 240, "steps": 1500}
+    scenes = {"ignore": [39, 255], "size": 120, "steps": 1000}
     return [
         {"task": "knn", **nette},
         {"task": "knn", **nette, "name": "imagenette-few", "settings": {"shots": [1, 5, 20], "neighbours": [1, 5]}},
@@ -45,11 +45,16 @@ def entries(data: Path) -> list[dict]:
         {"task": "logreg", **nette},
         {"task": "retrieval", "test": f"{data}/holidays/images.parquet", "name": "holidays"},
         {"task": "segmentation", **rooms, "settings": scenes},
-        {"task": "segmentation", **rooms, "name": "nyuv2-ms", "settings": {**scenes, "head": "ms"}},
+        {
+            "task": "segmentation",
+            **rooms,
+            "name": "nyuv2-ms",
+            "settings": {**scenes, "head": "ms", "scales": [1, 1.5, 2]},
+        },
         {"task": "depth", **rooms, "settings": metres},
         {"task": "depth", **rooms, "name": "nyuv2-lin4", "settings": {**metres, "head": "lin4"}},
-        {"task": "depth", **rooms, "name": "nyuv2-dpt", "settings": {**metres, "head": "dpt", "channels": 64}},
-        {"task": "robustness", **nette},
+        {"task": "depth", **rooms, "name": "nyuv2-dpt", "settings": {**metres, "head": "dpt", "channels": 32}},
+        {"task": "robustness", **nette, "settings": {"severities": [3]}},
         {"task": "finetune", **nette, "settings": {"epochs": 10}},
     ]
 

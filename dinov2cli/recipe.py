@@ -47,11 +47,13 @@ def load_config(
     model: type[Config],
     *,
     recipe: str | None = None,
+    option: str = "--config",
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Config:
     """Return the validated config of `model` from a recipe, `a.b=c` strings and flags (dotted keys; None = not given).
 
+    option: by which the recipe was given, for messages; with another than --config it is a file, not a name.
     Raises UserError listing every unknown key, bad value and malformed --set together.
     """
     values: dict[str, Any] = {}
@@ -59,9 +61,9 @@ def load_config(
     problems: list[str] = []
     known = dict(dotted_keys(model))
     if recipe is not None:
-        for key, value in _flatten(_read_yaml(recipe_path(recipe)), known):
+        for key, value in _flatten(_read_yaml(recipe, option), known):
             _place(values, key, value)
-            origin[key] = f"recipe {recipe}"
+            origin[key] = f"{'recipe' if option == '--config' else 'file'} {recipe}"
     for text in sets:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
@@ -118,19 +120,22 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(name: str, option: str) -> dict[str, Any]:
+    path = recipe_path(name) if option == "--config" else Path(name)
+    if not path.is_file():
+        raise UserError(f"{option} {name}: there is no such file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"--config {path} is not YAML{where}; see `dinov2 recipes show tiny-cpu` for the form"
+            f"{option} {path} is not YAML{where}; see `dinov2 recipes show tiny-cpu` for the form"
         ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} holds a {type(content).__name__}, expected keys with values")
+        raise UserError(f"{option} {path} holds a {type(content).__name__}, expected keys with values")
     return content
 
 

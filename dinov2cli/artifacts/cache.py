@@ -1,5 +1,6 @@
 """Where features are kept between commands: a folder of block stores, the least recently used of which go first."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,24 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "dinov2"
 
 
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _looked_at(stage: Path) -> tuple[int, float]:
+    """Bytes of a stage and when it was last used; (0, 0) of one that has gone."""
+    size, used = 0, 0.0
+    with contextlib.suppress(OSError):
+        used = stage.stat().st_mtime
+    for file in _entries(stage):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    return size, used
+
+
 class FeatureCache:
     """Stages of blocks below one folder, shared by all commands; safe to delete at any time."""
 
@@ -30,7 +49,7 @@ class FeatureCache:
         """The stage of this name and key, marked as used now."""
         stage = self._parts.stage(name, key)
         self._used.add(stage.path)
-        if stage.path.is_dir():
+        with contextlib.suppress(OSError):  # not there yet, gone since, or another user's
             os.utime(stage.path)
         return stage
 
@@ -39,10 +58,11 @@ class FeatureCache:
 
         Returns how many bytes were deleted.
         """
-        stages = [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
-        sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in stages}
+        # Another command may delete or write here at the same time.
+        found = {path: _looked_at(path) for path in _entries(self.folder)}
+        sizes = {path: size for path, (size, _) in found.items()}
         total, deleted = sum(sizes.values()), 0
-        for path in sorted(stages, key=lambda path: path.stat().st_mtime):
+        for path in sorted(found, key=lambda path: found[path][1]):
             if total - deleted <= limit:
                 break
             if path not in self._used:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,8 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under a temporary name in its own folder, flush it to disk, then rename it to `path`."""
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{_ASIDE}{os.getpid()}-{path.name}")
+        # Numbers of processes repeat on other machines and in containers that share a disk.
+        aside = path.with_name(f"{_ASIDE}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
         try:
             write(aside)
             with open(aside, "rb") as handle:

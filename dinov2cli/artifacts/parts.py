@@ -47,7 +47,7 @@ class PartStage:
         try:
             with np.load(self._file(start), allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}  # reading checks every array's checksum
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):
             return None
 
     def save(self, start: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:

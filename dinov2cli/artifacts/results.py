@@ -2,6 +2,7 @@
 them the scores of every test image that the figures were made of."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,6 +45,11 @@ class ResultRow:
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def record(self) -> dict[str, Any]:
+        """The row for JSON, which has no NaN: a figure without a value is None."""
+        found: dict[str, Any] = _without_nan(asdict(self))
+        return found
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -76,10 +82,9 @@ def write_results(
     """
     if scores is not None and len(scores) != len(rows):
         raise ValueError(f"{len(rows)} rows of results need as many scores, got {len(scores)}")
-    records = [asdict(row) for row in rows]
-    out.write_json("results.json", records)
+    out.write_json("results.json", [row.record() for row in rows])
     # Settings differ between tasks, so the Parquet column holds them as JSON text.
-    flat = [{**record, "settings": json.dumps(record["settings"], default=str)} for record in records]
+    flat = [{**asdict(row), "settings": json.dumps(row.record()["settings"], default=str)} for row in rows]
     out.write_table("results.parquet", pa.Table.from_pylist(flat))
     if predictions is not None:
         out.write_table("predictions.parquet", predictions)
@@ -89,6 +94,18 @@ def write_results(
     if report is not None:
         out.write_text("report.html", report)
     return out.finish(rows=len(rows), **extra)
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    return {key: math.nan for key in ("value", "ci_low", "ci_high") if record[key] is None}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _NAMES = ("model", "task", "dataset", "metric", "statistic")
@@ -149,7 +166,8 @@ def read_results(path: Path | str) -> list[ResultRow]:
     path = Path(path)
     require_kind(path, "results")
     try:
-        return [ResultRow(**record) for record in json.loads((path / "results.json").read_text())]
+        records = json.loads((path / "results.json").read_text())
+        return [ResultRow(**{**record, **_numbers(record)}) for record in records]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{path / 'results.json'} cannot be read ({type(error).__name__}); evaluate again with --overwrite"

@@ -88,11 +88,11 @@ def compare(
 
 
 def comparison_page(paths: Sequence[Path | str], *, seed: int, title: str = "Comparison") -> str:
-    """The page of a comparison of all figures in some results directories, as HTML text."""
+    """The page of a comparison of the figures to quote of some results directories, as HTML text."""
     from dinov2cli.evaluation.comparison import compare_results
     from dinov2cli.report.comparison import comparison_report
 
-    return comparison_report(compare_results(paths, every=True, seed=seed), title=title)
+    return comparison_report(compare_results(paths, seed=seed), title=title)
 
 
 def show_comparison(paths: Sequence[Path | str], talk: "Talk", *, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field
 from functools import partial
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -53,7 +54,7 @@ class _Tasks(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if not cmd_name.endswith(".py"):
             return super().get_command(ctx, cmd_name)
-        own = typer.Typer()
+        own = typer.Typer(add_completion=False, rich_markup_mode="markdown")
         own.command(cmd_name)(command_of(cmd_name, find_task(cmd_name)))
         return typer.main.get_command(own)
 
@@ -85,7 +86,7 @@ def command_of(name: str, task: type[Task]) -> Callable[..., None]:
         parameters["others"] = (Annotated[list[str] | None, option], None)
     for field in flagged.values():
         kind, metavar = _flag_type(field.type)
-        option = typer.Option(field.metadata["flag"], metavar=metavar, help=field.metadata["help"])
+        option = typer.Option(field.metadata["flag"], metavar=metavar, help=_with_default(field))
         parameters[field.name] = (Annotated[kind, option], None)
     parameters |= _COMMON
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -102,12 +103,17 @@ def command_of(name: str, task: type[Task]) -> Callable[..., None]:
 def _help(name: str, task: type[Task]) -> str:
     given = " ".join(["--train D"] * task.train + ["--test D"])
     settings = "\n".join(
-        f"- `{field.name}`: {field.metadata.get('help', '')}"
-        for field in settings_of(task)
-        if not field.metadata.get("flag")
+        f"- `{field.name}`: {_with_default(field)}" for field in settings_of(task) if not field.metadata.get("flag")
     )
     keys = f"\n\nFurther settings, by `--set KEY=VALUE`:\n\n{settings}" if settings else ""
     return f"{inspect.cleandoc(task.__doc__ or '')}\n\nExample: `dinov2 eval {name} run {given} -o results`{keys}"
+
+
+def _with_default(field: Field[Any]) -> str:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    text = ", ".join(map(str, default)) if isinstance(default, list) else str(default).lower()
+    shown = "" if default is None or text == "" else f" (default: {text})"
+    return f"{field.metadata.get('help', '')}{shown}"
 
 
 def _flag_type(annotation: Any) -> tuple[Any, str]:
@@ -168,7 +174,8 @@ def _evaluate(task: type[Task], given: Mapping[str, Any], others: Mapping[str, s
     talk = Talk(json_output=given["json_output"], quiet=given["quiet"], verbose=given["verbose"])
     ranks = join(config.device)
     models = [ranks.first(partial(options.from_stdin, model)) for model in given["models"]]
-    specs = DataSpecs(given.get("train"), given["test"], others)
+    train, test = (ranks.first(partial(options.from_stdin, spec or "")) for spec in (given.get("train"), given["test"]))
+    specs = DataSpecs(train or None, test, others)
     run_eval(
         task,
         models,

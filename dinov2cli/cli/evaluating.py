@@ -1,11 +1,13 @@
 """Running a task over models into one results directory: what `dinov2 eval TASK`, its suites and the demo share."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinov2cli.artifacts.output import file_sha256
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 
@@ -71,10 +73,12 @@ def run_eval(
     models = [canonical_model(model) for model in models]
     if repeated := {model for model in models if models.count(model) > 1}:
         raise UserError(f"model {sorted(repeated)[0]} is given twice; expected different models")
-    trials = _Trials(task, models, specs, config, talk, ranks)
+    trials = Trials(task, models, specs, config, talk, ranks)
     inputs = ranks.together(trials.inputs)
-    data = {"task": task_type.name, **config.identity()}
-    place: dict[str, Any] = {"config": data, "inputs": inputs, "overwrite": overwrite}
+    identity = {"task": task_type.name, **config.identity()}
+    if specs.others:
+        identity["others"] = list(specs.others)
+    place: dict[str, Any] = {"config": identity, "inputs": inputs, "overwrite": overwrite}
     if dry_run:
         state = ranks.first(lambda: check_output(path, "results", **place))
         talk.plan(
@@ -91,7 +95,7 @@ def run_eval(
     return [row for outcome in outcomes for row in outcome.rows]
 
 
-class _Trials:
+class Trials:
     """The models of one command on its data, one after another: only one is in memory at a time."""
 
     def __init__(
@@ -116,11 +120,14 @@ class _Trials:
         from dinov2cli.cli.frame import model_input
 
         entries = [source.fingerprint() for source in self._data().values()]
+        for file in self._files():
+            entries.append({"spec": str(file), "kind": "file", "sha256": file_sha256(file)})
         for model in self.models:
             loaded = self._load(model)
             self.names.append(loaded.name)
             self.random.append(loaded.random)
-            entry = model_input(model, loaded.fingerprint)
+            how = {"config": loaded.config, "preprocess": asdict(loaded.preprocess)}
+            entry = model_input(model, {**loaded.fingerprint, **how})
             self._fingerprints.append(entry)
             entries.append(entry)
             self.task.check(self._trial(loaded))
@@ -129,6 +136,14 @@ class _Trials:
         if len(set(self.names)) < len(self.names):
             self.names = list(self.models)
         return entries
+
+    def _files(self) -> list[Path]:
+        """Files besides data and models that figures depend on; a task's own file too, if it is not one of ours."""
+        named = [file for file in self.task.files() if file.is_file()]
+        own = sys.modules[type(self.task).__module__].__file__
+        if own is not None and not type(self.task).__module__.startswith("dinov2cli."):
+            named.append(Path(own))
+        return named
 
     def facts(self) -> dict[str, Any]:
         """What a dry run shows."""
@@ -147,7 +162,8 @@ class _Trials:
             if len(self.models) > 1:
                 self.talk.say(f"{name} ({number + 1} of {len(self.models)})")
             loaded = self.ranks.together(partial(self._load, model))
-            key = {"model": self._fingerprints[number], "data": data, "settings": self.config.identity()}
+            files = {str(file): file_sha256(file) for file in self._files()}
+            key = {"model": self._fingerprints[number], "data": data, "settings": self.config.identity(), **files}
             trial = replace(
                 self._trial(loaded),
                 store=_KeyedStore(Parts(out.path), key),
@@ -161,16 +177,17 @@ class _Trials:
             cache.trim(self.config.cache_limit)
         return outcomes
 
-    def trial(self, model: str) -> "Trial":
-        """One of the models again, for pictures."""
-        return self._trial(self._load(model))
+    def trial(self, name: str) -> "Trial":
+        """The model of this name again, for pictures."""
+        return self._trial(self._load(self.models[self.names.index(name)]))
 
     def _described(self, name: str, trial: "Trial") -> dict[str, Any]:
         preprocess = trial.model.preprocess
         settings = {
             "train": trial.train.spec if trial.train is not None else None,
             "others": {other: source.spec for other, source in trial.others.items()},
-            "image_size": preprocess.crop,
+            # Dense tasks show the model whole images, at a size of their own.
+            "image_size": None if hasattr(self.task, "size") else preprocess.crop,
             "precision": trial.precision,
         }
         return {
@@ -229,14 +246,14 @@ class _Trials:
         return FeatureCache(default_cache() if self.config.cache == "auto" else Path(self.config.cache).expanduser())
 
 
-def _write(out: "Output", task: "Task", outcomes: "list[Outcome]", trials: _Trials, talk: "Talk") -> None:
+def _write(out: "Output", task: "Task", outcomes: "list[Outcome]", trials: Trials, talk: "Talk") -> None:
     """Write the results directory, on the main process, and tell the user."""
     import pyarrow as pa
 
     from dinov2cli.artifacts.parts import Parts
     from dinov2cli.artifacts.results import write_results
     from dinov2cli.cli.frame import result_fields
-    from dinov2cli.report.evaluation import ModelResult, evaluation_report
+    from dinov2cli.report.evaluation import ModelResult, best_of, evaluation_report
 
     rows = [row for outcome in outcomes for row in outcome.rows]
     tables = [
@@ -244,13 +261,14 @@ def _write(out: "Output", task: "Task", outcomes: "list[Outcome]", trials: _Tria
         for name, outcome in zip(trials.names, outcomes, strict=True)
         if outcome.judged.predictions is not None
     ]
+    shown = {
+        name: ModelResult(outcome.rows, outcome.judged.predictions, outcome.judged.panels)
+        for name, outcome in zip(trials.names, outcomes, strict=True)
+    }
     html = evaluation_report(
-        {
-            name: ModelResult(outcome.rows, outcome.judged.predictions, outcome.judged.panels)
-            for name, outcome in zip(trials.names, outcomes, strict=True)
-        },
+        shown,
         title=f"{task.name} of {', '.join(trials.names)}",
-        trial=trials.trial(trials.models[0]),
+        trial=trials.trial(best_of(shown)),
     )
     Parts(out.path).remove()
     manifest = write_results(
@@ -263,7 +281,7 @@ def _write(out: "Output", task: "Task", outcomes: "list[Outcome]", trials: _Tria
     )
     for row in rows:
         talk.say(said(row, several=len(trials.names) > 1))
-    talk.result(out.path, **result_fields(manifest), results=[asdict(row) for row in rows])
+    talk.result(out.path, **result_fields(manifest), results=[row.record() for row in rows])
 
 
 def said(row: "ResultRow", *, several: bool) -> str:

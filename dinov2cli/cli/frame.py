@@ -84,11 +84,10 @@ def _stored_results(path: Path, kind: str) -> dict[str, Any]:
     """Return the rows of an evaluation that is done already, for `--json`."""
     if kind != "results":
         return {}
-    from dataclasses import asdict
 
     from dinov2cli.artifacts.results import read_results
 
-    return {"results": [asdict(row) for row in read_results(path)]}
+    return {"results": [row.record() for row in read_results(path)]}
 
 
 def result_fields(manifest: Manifest) -> dict[str, Any]:

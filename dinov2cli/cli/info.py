@@ -38,3 +38,11 @@ def info(
         if value is not None and value not in ("", {}, []):
             counted = isinstance(value, int) and not isinstance(value, bool) and key != "seed"
             talk.say(f"  {key}: {value:,}" if counted else f"  {key}: {value}")
+    if manifest.kind == "results" and manifest.complete:
+        from dinov2cli.artifacts.results import read_results
+        from dinov2cli.report.results import interval_text, metric_name, value_text
+
+        for row in read_results(path):
+            if row.settings.get("headline", True):
+                figure = f"{metric_name(row.metric)} {value_text(row)} {interval_text(row)}"
+                talk.say(f"  {row.task} on {row.dataset}, {row.model}: {figure}")

@@ -1,7 +1,6 @@
 """`dinov2 eval --suite FILE MODEL…`: many tasks on many data sets, one comparison at the end."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from dinov2cli.errors import DinoError, InputError, UserError, WorkError
 
 if TYPE_CHECKING:
     from dinov2cli.artifacts.output import Output
+    from dinov2cli.cli.evaluating import DataSpecs
     from dinov2cli.cli.talk import Talk
     from dinov2cli.config import EvalConfig
     from dinov2cli.config.suite import SuiteConfig, SuiteEntry
@@ -52,7 +52,9 @@ def suite(
     from dinov2cli.config.suite import SuiteConfig
     from dinov2cli.recipe import load_config
 
-    config = load_config(SuiteConfig, recipe=file, flags={"workers": workers, "device": device, "seed": seed})
+    config = load_config(
+        SuiteConfig, recipe=file, option="--suite", flags={"workers": workers, "device": device, "seed": seed}
+    )
     if not dry_run:
         relaunch(processes)
     talk = Talk(json_output=json_output, quiet=quiet, verbose=verbose)
@@ -75,21 +77,22 @@ def run_suite(
 ) -> None:
     """Run all entries into one results directory, each in a folder of its own below it.
 
-    All settings are checked and all data opened before anything is computed. Raises WorkError at the end where entries
-    failed.
+    All settings are checked, all data opened and all models loaded once before anything is computed. Raises WorkError
+    at the end where entries failed.
     """
     from dinov2cli.cli.frame import canonical_model, check_output, open_output
 
     models = [canonical_model(model) for model in models]
     settings = {entry.folder: _settings(entry, config, flags) for entry in config.tasks}
-    inputs = ranks.together(lambda: _inputs(models, config))
-    identity = {"suite": [_identity(entry, settings[entry.folder]) for entry in config.tasks]}
+    inputs = ranks.together(lambda: _inputs(models, config, settings, talk, ranks))
+    identity = {"suite": {entry.folder: _identity(entry, settings[entry.folder]) for entry in config.tasks}}
     place: dict[str, Any] = {"config": identity, "inputs": inputs, "overwrite": overwrite}
     if dry_run:
         state = ranks.first(lambda: check_output(path, "results", **place))
         entries = [f"{entry.task} on {entry.test}" for entry in config.tasks]
         talk.plan("eval suite", {"models": models, "tasks": entries, "output": f"{path} ({state})"})
         return
+    ranks.first(lambda: _mend(path, place))
     out = open_output(talk, path, "results", seed=config.seed, ranks=ranks, **place)
     if out is None:
         return
@@ -102,6 +105,26 @@ def run_suite(
                 "the same command again"
             )
         ranks.first(lambda: _write(out, config, talk))
+
+
+def _mend(path: Path, place: Mapping[str, Any]) -> None:
+    """Let an unfinished suite go on with entries that were changed or added: each has an identity of its own."""
+    from dinov2cli.artifacts.manifest import FILE_NAME, config_hash, has_manifest, plain, read_manifest
+    from dinov2cli.artifacts.output import write_aside
+
+    if place["overwrite"] or not has_manifest(path):
+        return
+    manifest = read_manifest(path)
+    if manifest.complete or manifest.kind != "results" or "suite" not in manifest.config:
+        return
+    manifest.config = plain(place["config"])
+    manifest.config_hash, manifest.inputs = config_hash(manifest.config), plain(place["inputs"])
+    text = manifest.to_json()
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    write_aside(path / FILE_NAME, write)
 
 
 def _settings(entry: "SuiteEntry", config: "SuiteConfig", flags: Mapping[str, Any]) -> "EvalConfig":
@@ -133,14 +156,33 @@ def _keys(entry: "SuiteEntry") -> set[str]:
     return set(task_config(find_task(entry.task)).model_fields)
 
 
-def _inputs(models: Sequence[str], config: "SuiteConfig") -> list[dict[str, Any]]:
-    from dinov2cli.cli.frame import model_input
-    from dinov2cli.data.source import open_source
-    from dinov2cli.models.load import load_model
+def _inputs(
+    models: Sequence[str],
+    config: "SuiteConfig",
+    settings: "Mapping[str, EvalConfig]",
+    talk: "Talk",
+    ranks: Ranks,
+) -> list[dict[str, Any]]:
+    """What every entry reads, each once; the tasks look at their models and data here. Errors name the entry."""
+    from dinov2cli.cli.evaluating import Trials
+    from dinov2cli.config import task_from
+    from dinov2cli.evaluation.tasks.registry import find_task
 
-    specs = [spec for entry in config.tasks for spec in (entry.train, entry.test, *entry.others.values()) if spec]
-    entries = [open_source(spec).fingerprint() for spec in dict.fromkeys(specs)]
-    return entries + [model_input(model, load_model(model, seed=config.seed).fingerprint) for model in models]
+    found: list[dict[str, Any]] = []
+    for entry in config.tasks:
+        task = task_from(find_task(entry.task), settings[entry.folder])
+        try:
+            read = Trials(task, models, _specs(entry), settings[entry.folder], talk, ranks).inputs()
+        except (UserError, InputError) as error:
+            raise type(error)(f"suite, {entry.folder}: {error}") from None
+        found += [one for one in read if one not in found]
+    return found
+
+
+def _specs(entry: "SuiteEntry") -> "DataSpecs":
+    from dinov2cli.cli.evaluating import DataSpecs
+
+    return DataSpecs(entry.train, entry.test, entry.others, label=entry.name)
 
 
 def _identity(entry: "SuiteEntry", settings: "EvalConfig") -> dict[str, Any]:
@@ -156,18 +198,17 @@ def _run_entries(
     ranks: Ranks,
 ) -> dict[str, DinoError]:
     """Run every entry that is not done; the errors of those that failed, by folder."""
-    from dinov2cli.cli.evaluating import DataSpecs, run_eval
+    from dinov2cli.cli.evaluating import run_eval
     from dinov2cli.evaluation.tasks.registry import find_task
 
     failed: dict[str, DinoError] = {}
     for number, entry in enumerate(config.tasks, start=1):
         talk.say(f"{number}/{len(config.tasks)} {entry.task} on {entry.name}")
-        specs = DataSpecs(entry.train, entry.test, entry.others, label=entry.name)
         try:
             run_eval(
                 find_task(entry.task),
                 models,
-                specs,
+                _specs(entry),
                 out.path / entry.folder,
                 settings[entry.folder],
                 talk.inner(),
@@ -193,4 +234,4 @@ def _write(out: "Output", config: "SuiteConfig", talk: "Talk") -> None:
     html = comparison_page(folders, seed=config.seed)
     manifest = write_results(out, rows, scores=scores if len(scores) == len(rows) else None, report=html)
     show_comparison(folders, talk, seed=config.seed)
-    talk.result(out.path, **result_fields(manifest), results=[asdict(row) for row in rows])
+    talk.result(out.path, **result_fields(manifest), results=[row.record() for row in rows])

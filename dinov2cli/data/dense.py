@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2cli.data.bad import BadImage, BadImages
+from dinov2cli.data.bad import BadImage
 from dinov2cli.data.decode import decode_image, open_image
 from dinov2cli.data.source import ImageSource
 from dinov2cli.errors import InputError
@@ -171,26 +171,6 @@ def read_pairs(
         return pair if make is None else make(pair)  # type: ignore[return-value]
 
     yield from in_order(one, [int(row) for row in rows], workers)
-
-
-def good_pairs(
-    source: ImageSource,
-    rows: Sequence[int],
-    role: str,
-    bad: BadImages,
-    *,
-    workers: int = 0,
-    resize_target: bool = False,
-    make: Callable[[Pair], R] | None = None,
-) -> Iterator[R]:
-    """`read_pairs` less those that cannot be read, which `bad` counts (InputError when there are too many)."""
-    found = read_pairs(source, rows, role, workers=workers, resize_target=resize_target, make=make)
-    for pair in found:
-        if isinstance(pair, BadImage):
-            bad.add(pair.name, pair.reason)
-            bad.check(len(source))
-        else:
-            yield pair
 
 
 def in_order(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:

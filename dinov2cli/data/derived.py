@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -39,6 +40,10 @@ class DerivedSource(ImageSource):
 
     def name(self, row: int) -> str:
         return self._sources[self._which[row]].name(int(self._rows[row]))
+
+    @property
+    def behind(self) -> Sequence[ImageSource]:
+        return self._sources
 
     def has_role(self, role: str) -> bool:
         return all(source.has_role(role) for source in self._sources)
@@ -148,6 +153,10 @@ class PackedSource(DerivedSource):
     ) -> None:
         super().__init__(spec, table, [packed], np.zeros(len(rows), dtype=np.int64), rows)
         self._label_names = label_names
+
+    @property
+    def behind(self) -> Sequence[ImageSource]:
+        return self._sources
 
     def has_role(self, role: str) -> bool:
         return role == "image"

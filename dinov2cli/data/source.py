@@ -134,6 +134,11 @@ class ImageSource(ABC):
         return self.spec, row
 
     @property
+    def behind(self) -> Sequence["ImageSource"]:
+        """The sources whose images these are, where they are not its own."""
+        return ()
+
+    @property
     def blocks(self) -> np.ndarray | None:
         """int64 [b+1], from 0 to n: boundaries of rows that lie together and are read cheaply one after another.
 

@@ -154,7 +154,18 @@ class TableSource(ColumnSource):
         return names_in_cells(self._pixels["image"].data.column(self._roles["image"]))
 
     def content_hash(self) -> str:
-        return self._hash
+        return self._hash if not self._outside else hash_files([(self._hash, ""), *self._outside])
+
+    @cached_property
+    def _outside(self) -> list[tuple[str, str]]:
+        """(path, file) of the images that the table only names: they may change while it stays as it is."""
+        column = self._pixels["image"].data.column(self._roles["image"])
+        if pa.types.is_struct(column.type):
+            stored, column = (pc.struct_field(column, name) for name in ("bytes", "path"))
+            column = pc.filter(column, pc.is_null(stored)) if stored.null_count else column.slice(0, 0)
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return []
+        return [(path, os.path.join(self._base, path)) for path in column.to_pylist() if path]
 
 
 def open_parquet(spec: DataSpec, files: Sequence[str]) -> ImageSource:

@@ -190,7 +190,13 @@ class Pool:
         process = self._context.Process(  # type: ignore[attr-defined]
             target=_work, args=(self._reader, theirs, self._ring, index, inherited), daemon=True
         )
-        process.start()
+        # Python drops a KeyboardInterrupt that comes while the hooks of a fork run: Ctrl-C is held back meanwhile. The
+        # worker keeps it blocked, and ignores it anyway.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()
         return _Worker(process, ours)
 

@@ -5,7 +5,7 @@ it: they are the source's own, whenever they are asked for.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from dinov2cli.data.loader import View, row_ranges
 from dinov2cli.data.source import ImageSource
 from dinov2cli.data.spec import parse_spec
+from dinov2cli.errors import UserError, WorkError
 from dinov2cli.evaluation.features import Dealt, Features, deal_features
 from dinov2cli.models.descriptors import Descriptor
 from dinov2cli.models.vit import VisionTransformer
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # rows that are kept together; a killed command loses at most one block
 LAST_BLOCKS = 4  # of which class tokens are kept
-_COLUMNS = ("label", "group", "is_query", "mask", "depth")  # options of a DATA string that leave the pixels alone
+# Options of a DATA string that leave the pixels of its images alone.
+_COLUMNS = ("label", "group", "is_query", "mask", "depth", "stream")
 _FORMAT = 1
+_ROWS = ("index", "digests", "pooled", "class_tokens", "averaged_patches")
 
 
 class _Memory:
@@ -41,15 +44,22 @@ class _Memory:
         self._blocks[start] = arrays
 
 
+def pixel_options(source: ImageSource) -> list[Any]:
+    """What DATA strings say of the pixels that are read (`?image=COLUMN`), also those of the sources behind a selection
+    or embeddings: `content_hash` knows the files only."""
+    own = {key: value for key, value in parse_spec(source.spec).options.items() if key not in _COLUMNS}
+    return [own, *(pixel_options(one) for one in source.behind)]
+
+
 def features_key(trial: "Trial", source: ImageSource, view: View | None) -> dict[str, Any]:
     """All that the features of a source depend on, as plain values."""
-    options = {key: value for key, value in parse_spec(source.spec).options.items() if key not in _COLUMNS}
     return {
         "format": _FORMAT,
         "model": {key: value for key, value in trial.model.fingerprint.items() if key != "file"},
+        "config": trial.model.config,
         "preprocess": asdict(trial.model.preprocess),
         "view": None if view is None else view.name,
-        "data": {"hash": source.content_hash(), "rows": len(source), "options": options},
+        "data": {"hash": source.content_hash(), "rows": len(source), "options": pixel_options(source)},
         "precision": trial.precision,
         "device": trial.device.type,
     }
@@ -62,20 +72,42 @@ def cached_features(trial: "Trial", source: ImageSource, view: View | None = Non
     `trial.bad_images(source)`, also those of blocks that were there. Raises what `deal_features` and `check` raise.
     """
     stage: Stage = _Memory()
-    if keep and trial.cache is not None and trial.ranks.main:
-        stage = trial.cache.stage("features", features_key(trial, source, view))
+    main = trial.ranks.main
+    if keep and trial.cache is not None and main:
+        stage = _Forgiving(trial.cache.stage("features", features_key(trial, source, view)), trial.warn)
     starts = range(0, len(source), BLOCK)
-    found: dict[int, Arrays | None] = {}
-    if trial.ranks.main:
-        found = {start: stage.load(start) for start in starts}
-    missing = trial.ranks.first(lambda: [start for start in starts if found[start] is None])
+    missing = trial.ranks.first(lambda: [start for start in starts if _whole(stage.load(start)) is None])
     if missing:
         for start, computed in _computed(trial, source, view, missing):
             stage.save(start, computed)
-            found[start] = computed
-    blocks = [arrays for start in starts if (arrays := found.get(start)) is not None]
-    trial.ranks.together(lambda: _count_bad(trial, source, blocks))
-    return _joined(trial, source, blocks)
+    # Read one after another into the arrays that they make together: never two copies of all of them.
+    return _joined(trial, source, [start for start in starts if main], stage)
+
+
+def _whole(arrays: Arrays | None) -> Arrays | None:
+    """A block, unless some of it was lost on disk."""
+    return None if arrays is None or not {"index", "bad_names", "bad_reasons", "seconds"} <= set(arrays) else arrays
+
+
+class _Forgiving:
+    """A stage of the cache; where it cannot be written the user is told once, and blocks are kept in memory instead."""
+
+    def __init__(self, stage: Stage, warn: Callable[[str], None]) -> None:
+        self._stage, self._warn = stage, warn
+        self._instead: _Memory | None = None
+
+    def load(self, start: int) -> Arrays | None:
+        kept = None if self._instead is None else self._instead.load(start)
+        return self._stage.load(start) if kept is None else kept
+
+    def save(self, start: int, arrays: Arrays) -> None:
+        if self._instead is None:
+            try:
+                return self._stage.save(start, arrays)
+            except (UserError, WorkError) as error:
+                self._warn(f"features are not kept for other commands ({error}); --cache names another place")
+                self._instead = _Memory()
+        return self._instead.save(start, arrays)
 
 
 def _computed(
@@ -89,8 +121,9 @@ def _computed(
     ]
     network = trial.model.network.to(trial.device)
     blocks = {} if isinstance(network, Descriptor) else {"last_blocks": LAST_BLOCKS}
+    label = f"features of {source.spec}" + ("" if view is None else f", {view.name}")
     with (
-        trial.progress(f"features of {source.spec}", sum(stop - start for start, stop in ranges)) as advance,
+        trial.progress(label, sum(stop - start for start, stop in ranges)) as advance,
         deal_features(
             network,
             source,
@@ -140,35 +173,59 @@ def _arrays(parts: Sequence[Dealt], is_last_token: bool) -> dict[str, np.ndarray
     return arrays
 
 
-def _count_bad(trial: "Trial", source: ImageSource, blocks: Sequence[Arrays]) -> None:
+def _joined(trial: "Trial", source: ImageSource, starts: Sequence[int], stage: Stage) -> Features:
+    """All blocks together, and their unreadable images counted."""
     bad = trial.bad_images(source)
-    for arrays in blocks:
-        for name, reason in zip(arrays["bad_names"].tolist(), arrays["bad_reasons"].tolist(), strict=True):
-            bad.add(name, reason)
-    bad.check(len(source))
-
-
-def _joined(trial: "Trial", source: ImageSource, blocks: Sequence[Arrays]) -> Features:
-    index = _together(blocks, "index", np.zeros(0, np.int64))
     network = trial.model.network
-    none = np.zeros((0, network.embed_dim), np.float32)
-    tokens = _together(blocks, "class_tokens", None)
-    pooled = _together(blocks, "pooled", None)
+    width = network.embed_dim
+    table = _Table(len(source) if starts else 0)
+
+    def fill() -> float:
+        seconds = 0.0
+        for start in starts:
+            arrays = _whole(stage.load(start))
+            if arrays is None:
+                raise WorkError("features that were there a moment ago are gone; run the same command again")
+            for name, reason in zip(arrays["bad_names"].tolist(), arrays["bad_reasons"].tolist(), strict=True):
+                bad.add(name, reason)
+            table.add({name: arrays[name] for name in _ROWS if name in arrays}, len(arrays["index"]))
+            seconds += float(arrays["seconds"].sum())
+        bad.check(len(source))
+        return seconds
+
+    seconds = trial.ranks.together(fill)
+    index = table.column("index", np.zeros(0, np.int64))
+    tokens, pooled = table.column("class_tokens"), table.column("pooled")
     if pooled is None:
-        pooled = none if tokens is None else tokens[:, -1]
+        pooled = np.zeros((0, width), np.float32) if tokens is None else tokens[:, -1]
     return Features(
         index=index,
         labels=None if source.labels is None else source.labels[index],
         label_names=source.label_names,
         class_tokens=pooled[:, None] if tokens is None else tokens,
-        averaged_patches=_together(blocks, "averaged_patches", None if isinstance(network, Descriptor) else none),
+        averaged_patches=table.column(
+            "averaged_patches", None if isinstance(network, Descriptor) else np.zeros((0, width), np.float32)
+        ),
         pooled=pooled,
-        digests=_together(blocks, "digests", np.zeros((0, 32), np.uint8)),
-        seconds=float(_together(blocks, "seconds", np.zeros(0)).sum()),
+        digests=table.column("digests", np.zeros((0, 32), np.uint8)),
+        seconds=seconds,
     )
 
 
-def _together(blocks: Sequence[Mapping[str, Any]], name: str, empty: Any) -> Any:
-    """The arrays of that name one after another, copied once; `empty` where there are none."""
-    found = [arrays[name] for arrays in blocks if name in arrays]
-    return np.concatenate(found) if found else empty
+class _Table:
+    """Columns of at most `rows` rows, filled part by part."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._filled = rows, 0
+        self._columns: dict[str, np.ndarray] = {}
+
+    def add(self, arrays: Mapping[str, Any], rows: int) -> None:
+        for name, values in arrays.items():
+            if len(values):
+                if name not in self._columns:
+                    self._columns[name] = np.empty((self._rows, *values.shape[1:]), values.dtype)
+                self._columns[name][self._filled : self._filled + rows] = values
+        self._filled += rows
+
+    def column(self, name: str, empty: Any = None) -> Any:
+        return self._columns[name][: self._filled] if name in self._columns else empty

@@ -176,11 +176,11 @@ def _unequal_settings(places: _Places, baseline: str) -> list[str]:
                 notes[f"{column.data} changed between the measurement of {first_name} and that of {model}"] = []
             for key in differing([first.row.settings, entry.row.settings]):
                 pair = (shown(one.row.settings.get(key)) for one in (first, entry))
-                text = "{} of {} and {} differ in {}: {} and {}".format("{}", first_name, model, key, *pair)
+                text = " of {} and {} differ in {}: {} and {}".format(first_name, model, key, *pair)
                 where = notes.setdefault(text, [])
                 if place not in where:
                     where.append(place)
-    return [text.format(", ".join(where)) if where else text for text, where in notes.items()]
+    return [", ".join(where) + text for text, where in notes.items()]
 
 
 def _lonely(columns: Iterable[Column], places: _Places) -> list[str]:
@@ -227,6 +227,8 @@ def _changes(places: _Places, baseline: str, notes: list[str], **how: Any) -> li
 def _paired(before: Scores, after: Scores) -> tuple[tuple[Statistic, Statistic] | None, str]:
     """Both metrics over the units that both have, in one order, and what the user must know of that."""
     first, second = Statistic.of(before), Statistic.of(after)
+    if {first.kind, second.kind} == {"mean", "ratio"}:  # the same share, over all units and over some of them
+        first, second = first.as_ratio(), second.as_ratio()
     if first.kind != second.kind or first.values.shape[1] != second.values.shape[1]:
         return None, "the metrics are not of the same classes, so there is no difference to tell"
     units, others = list(before.units), list(after.units)

@@ -127,12 +127,25 @@ def interval(
             return wilson_interval(int(values.sum()), n, confidence=confidence)
         if n > 1 and not np.isnan(values).any():
             return bootstrap_mean_interval(values, seed=seed, resamples=resamples, confidence=confidence)
+    share = _share(statistic)
+    if share is not None:
+        return wilson_interval(*share, confidence=confidence)
     value = statistic.value()
     if n < 2 or np.isnan(value):
         return value, value
     _check_counts(n, resamples)
     blocks = [statistic.replicates(weights) for weights in resample_weights(n, resamples, seed=seed)]
     return _percentiles(np.concatenate(blocks), confidence)
+
+
+def _share(statistic: Statistic) -> tuple[int, int] | None:
+    """(successes, n) of a ratio that is a share of some of the units; None for any other metric."""
+    if statistic.kind != "ratio" or statistic.values.shape[1] != 2 or not statistic.n:
+        return None
+    hits, counted = statistic.values.T
+    if not np.isin(counted, (0.0, 1.0)).all() or not np.isin(hits[counted > 0], (0.0, 1.0)).all():
+        return None
+    return int(hits[counted > 0].sum()), statistic.n
 
 
 def difference(

@@ -125,7 +125,9 @@ def absent_note(test_labels: np.ndarray, class_names: Sequence[str]) -> list[str
 
 
 def _check_labels(labels: np.ndarray | None, names: Sequence[str] | None, spec: str) -> None:
-    if labels is None or not (np.asarray(labels) >= 0).any():
+    if labels is not None and len(labels) and not (np.asarray(labels) >= 0).any():
+        raise InputError(f"{spec}: none of its {len(labels):,} images has a label; expected a column with labels")
+    if labels is None or not len(labels):
         raise InputError(
             f"{spec} has no labels and this benchmark needs them: name their column with ?label=COLUMN, "
             "or take them from folders with ?label=folder"

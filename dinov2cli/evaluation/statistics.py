@@ -55,6 +55,10 @@ class Statistic:
             raise ValueError(f"a metric over {len(self)} units needs as many names, got {len(units)}")
         return Scores(self.kind, units, self.values)
 
+    def as_ratio(self) -> "Statistic":
+        """A mean as the ratio that it is; a ratio itself."""
+        return ratio(self.values[:, 0], np.ones(len(self))) if self.kind == "mean" else self
+
     def at(self, rows: npt.NDArray[np.int64]) -> "Statistic":
         """The same metric over some of the units, in the order given."""
         return Statistic(self.kind, self.values[rows])

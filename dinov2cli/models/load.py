@@ -45,7 +45,8 @@ class LoadedModel:
 
     `network` is in eval mode; `fingerprint` tells two models apart ({"file", "sha256"} or {"arch", "seed"});
     `random` is true when no weights were read; `copy_detection` when its similarities are made for finding copies, so
-    that the published thresholds hold.
+    that the published thresholds hold; `config` is the hash of the configuration beside the weights, where there is
+    one: it decides what the same weights compute.
     """
 
     network: VisionTransformer | Encoder | Descriptor
@@ -54,6 +55,7 @@ class LoadedModel:
     random: bool
     fingerprint: dict[str, Any]
     copy_detection: bool = False
+    config: str = ""
 
     @property
     def backbone(self) -> VisionTransformer:
@@ -179,7 +181,8 @@ def _load_hf(path: Path, name: str, config: dict[str, Any], meta: bool) -> Loade
     preprocess = default_preprocess(backbone.img_size, backbone.patch_size)
     if (path / "preprocessor_config.json").is_file():
         preprocess = read_preprocess(path / "preprocessor_config.json").fitted(backbone.patch_size)
-    return LoadedModel(backbone, name, preprocess, False, _fingerprint(weight_files(path), meta))
+    config_hash = file_sha256(path / "config.json")
+    return LoadedModel(backbone, name, preprocess, False, _fingerprint(weight_files(path), meta), config=config_hash)
 
 
 def hf_architecture(config: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +233,8 @@ def _load_timm(path: Path, name: str, config: dict[str, Any], meta: bool) -> Loa
         ).fitted(backbone.patch_size)
 
     stored = _described(path / "config.json", preprocess)
-    return LoadedModel(backbone, name, stored, False, _fingerprint(weight_files(path), meta))
+    config_hash = file_sha256(path / "config.json")
+    return LoadedModel(backbone, name, stored, False, _fingerprint(weight_files(path), meta), config=config_hash)
 
 
 def _load_file(path: Path, meta: bool) -> LoadedModel:

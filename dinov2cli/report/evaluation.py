@@ -21,6 +21,8 @@ from dinov2cli.report.results import interval_text, is_share, metric_name, plain
 _TILES = 4
 _CLASSES = 20
 _PANELS = 6
+_BARS = 16
+_CELL = 100  # characters
 _NOT_SETTINGS = ("unit", "lower_is_better", "statistic", "headline", "found", "notes")
 
 
@@ -36,7 +38,7 @@ class ModelResult:
 def evaluation_report(models: Mapping[str, ModelResult], *, title: str, trial: Trial | None = None) -> str:
     """The page of an evaluation as HTML text.
 
-    models: by name; examples are those of the first. trial: with which to show images and patch features, if any.
+    models: by name; examples are those of the best (`best_of`). trial: of that model, to show images and its patches.
     """
     rows = [row for found in models.values() for row in found.rows]
     if not rows:
@@ -47,9 +49,17 @@ def evaluation_report(models: Mapping[str, ModelResult], *, title: str, trial: T
     _figures(report, models)
     _classes(report, models)
     if trial is not None:
-        _examples(report, next(iter(models.items())), trial)
+        name = best_of(models)
+        _examples(report, (name, models[name]), trial)
     _settings(report, models)
     return report.html()
+
+
+def best_of(models: Mapping[str, ModelResult]) -> str:
+    """The name of the model that is best in the figure to quote; the first of equals."""
+    first = next(iter(models.values())).rows[0]
+    sign = -1 if first.settings.get("lower_is_better") else 1
+    return max(models, key=lambda name: sign * models[name].rows[0].value)
 
 
 def _notes(models: Mapping[str, ModelResult]) -> list[str]:
@@ -80,10 +90,14 @@ def _figures(report: Report, models: Mapping[str, ModelResult]) -> None:
     )
     if len(models) == 1:
         (found,) = models.values()
-        shares = [row for row in found.rows if is_share(row)][:16]
+        # One chart has one direction: errors and drops are in the table.
+        lower = found.rows[0].settings.get("lower_is_better", False)
+        shares = [row for row in found.rows if is_share(row) and row.settings.get("lower_is_better", False) == lower]
         if shares:
-            names = [f"{row.task}, {metric_name(row.metric)}" for row in shares]
-            report.figure(comparison_bars(names, {"value": [(row.value, row.ci_low, row.ci_high) for row in shares]}))
+            names = [f"{row.task}, {metric_name(row.metric)}" for row in shares[:_BARS]]
+            values = [(row.value, row.ci_low, row.ci_high) for row in shares[:_BARS]]
+            more = f"The first {_BARS} of {len(shares)}; all are in the table." if len(shares) > _BARS else ""
+            report.figure(comparison_bars(names, {"share": values}), more)
     elif all(is_share(found.rows[0]) for found in models.values()):
         values = [(row.value, row.ci_low, row.ci_high) for row in (found.rows[0] for found in models.values())]
         report.figure(comparison_bars(list(models), {metric_name(next(iter(models.values())).rows[0].metric): values}))
@@ -126,7 +140,8 @@ def _classes(report: Report, models: Mapping[str, ModelResult]) -> None:
     }
     if not answers:
         return
-    name = next(iter(answers))
+    name = best_of({name: found for name, found in models.items() if name in answers})
+    answers = {name: answers[name], **answers}
     count = len(answers[name])
     shown = f"The {_CLASSES} worst of {count} classes." if count > _CLASSES else f"All {count}, the worst first."
     report.section("Classes", shown)
@@ -181,11 +196,19 @@ def _settings(report: Report, models: Mapping[str, ModelResult]) -> None:
         if key not in _NOT_SETTINGS and all(row.settings.get(key) == value for row in rows)
     }
     report.table(["setting", "value"], [[key.replace("_", " "), plain_text(value)] for key, value in shared.items()])
-    for name, found in models.items():
-        noted = found.rows[0].settings.get("found") or {}
-        if noted:
-            lines = [[key.replace("_", " "), plain_text(value)] for key, value in noted.items()]
-            short = [line for line in lines if len(line[1]) <= 120]
-            report.table(["found", "value"], short, caption=f"Found or chosen for {name}.")
-            for key, text in (line for line in lines if len(line[1]) > 120):
-                report.details(f"{name}: {key}", text)
+    _found(report, {name: found.rows[0].settings.get("found") or {} for name, found in models.items()})
+
+
+def _found(report: Report, models: Mapping[str, Mapping[str, object]]) -> None:
+    """What was found or chosen, a column for each model; what is too long for a table is folded away."""
+    lines, long = [], []
+    for key in dict.fromkeys(key for found in models.values() for key in found):
+        texts = [plain_text(found[key]) if key in found else "" for found in models.values()]
+        if max(map(len, texts)) <= _CELL:
+            lines.append([key.replace("_", " "), *texts])
+        else:
+            long += [(name, key, text) for name, text in zip(models, texts, strict=True) if text]
+    if lines:
+        report.table(["found or chosen", *(models if len(models) > 1 else ["value"])], lines)
+    for name, key, text in long:
+        report.details(f"{name}: {key.replace('_', ' ')}" if len(models) > 1 else key.replace("_", " "), text)

@@ -12,7 +12,7 @@ from dinov2cli.train.sharding import full
 
 _TOKENS = ("cls_token", "pos_embed", "mask_token", "register_tokens")
 # `blocks.3.` in ours, `layers.3.` or `layer.3.` in other encoders; likewise what comes before the first of them.
-_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?|stages)\.(\d+)\.")
 _BEFORE = re.compile(r"(?:^|\.)(?:patch_embed|embeddings|pre_layrnorm)\.")
 
 

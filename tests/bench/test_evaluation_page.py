@@ -23,8 +23,8 @@ def rows_of(task: dict) -> dict[str, dict]:
 def real() -> list[str]:
     """Every task on its real case: trained, random weights, pixels."""
     lines = [
-        "| task, data | figure | random weights | trained | trained − random | pixels or colours | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| task, data | figure | random weights | trained | trained − random | pixels or colours |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, task in FIGURES["tasks"].items():
         unit, rows = task["unit"], rows_of(task)
@@ -41,7 +41,6 @@ def real() -> list[str]:
             f"{number(trained['value'], unit)} [{number(trained['ci_low'], unit)}, {number(trained['ci_high'], unit)}]",
             change,
             number(others[0]["value"], unit) if others else "",
-            f"{task['seconds']['trained']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

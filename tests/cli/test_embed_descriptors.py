@@ -162,6 +162,11 @@ def test_commands_that_need_tokens_say_so(dinov2, few, weights, tmp_path):
         image = next(few.glob(f"{number}.*"))
         (tmp_path / "photos" / str(number % 2) / image.name).write_bytes(image.read_bytes())
     data = f"{tmp_path}/photos?label=folder"
-    done = dinov2("eval", "knn", f"sscd:{weights}", "-o", tmp_path / "r", "--train", data, "--test", data, *PLAIN)
+    where = ["--train", data, "--test", data, *PLAIN]
+    done = dinov2("eval", "finetune", f"sscd:{weights}", "-o", tmp_path / "r", *where)
     assert (done.code, "Traceback" in done.err) == (2, False), done.err
-    assert "has no tokens; expected a backbone here" in done.err
+    done = dinov2("eval", "knn", f"sscd:{weights}", "-o", tmp_path / "r", *where, "--set", "pool=mean")
+    assert done.code == 2 and "one vector per image and has no tokens" in done.err
+    assert not (tmp_path / "r" / "results.json").exists()
+    done = dinov2("eval", "knn", f"sscd:{weights}", "-o", tmp_path / "k", *where, "--k", "3")  # one vector is enough
+    assert done.code == 0, done.err

@@ -1,16 +1,27 @@
 """`dinov2 eval` as a whole: several models, features once, tasks of one's own, suites, and what goes wrong."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from dinov2cli.artifacts.results import read_results
+from dinov2cli.config import task_config
+from dinov2cli.config.suite import SuiteConfig
+from dinov2cli.evaluation.tasks.registry import TASKS, find_task
+from dinov2cli.models.export import save_hf
+from dinov2cli.models.registry import build
+from dinov2cli.recipe import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TOY = '''
 """Is the picture bright?"""
@@ -170,12 +181,12 @@ def test_a_suite_runs_all_and_compares(dinov2, photos, tmp_path, own_cache):
 
 
 def test_a_failing_entry_does_not_keep_the_others(dinov2, photos, tmp_path):
-    file, out = tmp_path / "suite.yaml", tmp_path / "r"
-    lone = tmp_path / "lone"
-    (lone / "a").mkdir(parents=True)
-    one = next(path for path in photos.rglob("*.*") if path.is_file())
-    (lone / "a" / one.name).write_bytes(one.read_bytes())
-    suite_file(file, photos, train=f"{lone}?label=folder")
+    file, out, damaged = tmp_path / "suite.yaml", tmp_path / "r", tmp_path / "damaged"
+    shutil.copytree(photos, damaged)
+    files = [path for path in sorted(damaged.rglob("*.*")) if path.is_file()]
+    for one in files[: len(files) // 2]:
+        one.write_bytes(b"no image")
+    suite_file(file, photos, train=f"{damaged}?label=folder")
     tasks = json.loads(file.read_text())
     tasks["tasks"].reverse()  # the one that fails comes first
     file.write_text(json.dumps(tasks))
@@ -185,6 +196,25 @@ def test_a_failing_entry_does_not_keep_the_others(dinov2, photos, tmp_path):
     stamp = (out / "knn-photos" / "results.json").stat().st_mtime_ns
     done = dinov2("eval", "--suite", file, "tiny", "-o", out, *PLAIN)
     assert done.code == 1 and (out / "knn-photos" / "results.json").stat().st_mtime_ns == stamp
+    suite_file(file, photos)  # mended in the file, in another order too
+    done = dinov2("eval", "--suite", file, "tiny", "-o", out, *PLAIN)
+    assert done.code == 0, done.err
+    assert (out / "knn-photos" / "results.json").stat().st_mtime_ns == stamp
+    assert {row.task for row in read_results(out)} == {"knn", "linear"}
+    suite_file(file, photos, settings={"steps": 30, "learning_rates": [0.01]})
+    done = dinov2("eval", "--suite", file, "tiny", "-o", out, *PLAIN)
+    assert done.code == 2 and "suite.linear-photos.settings.steps: 20 → 30" in " ".join(done.err.split())
+
+
+def test_a_suite_looks_at_all_tasks_first(dinov2, photos, tmp_path):
+    lone = tmp_path / "lone" / "a"
+    lone.mkdir(parents=True)
+    one = next(path for path in photos.rglob("*.*") if path.is_file())
+    (lone / one.name).write_bytes(one.read_bytes())
+    file = suite_file(tmp_path / "suite.yaml", photos, train=f"{lone.parent}?label=folder")
+    for dry in ([], ["--dry-run"]):
+        done = dinov2("eval", "--suite", file, "tiny", "-o", tmp_path / "r", *PLAIN, *dry)
+        assert done.code == 3 and "suite, linear-photos: " in done.err and not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize(
@@ -204,6 +234,16 @@ def test_a_suite_is_checked_before_anything_is_done(dinov2, photos, tmp_path, ch
     done = dinov2("eval", "--suite", file, "tiny", "-o", tmp_path / "r", *PLAIN)
     assert done.code in (2, 3) and text in " ".join(done.err.split()), done.err
     assert not (tmp_path / "r").exists()
+
+
+def test_a_suite_that_is_no_file_or_no_yaml(dinov2, tmp_path):
+    done = dinov2("eval", "--suite", "tiny-cpu", "tiny", "-o", tmp_path / "r")  # which is the name of a recipe
+    assert done.code == 2 and "--suite tiny-cpu: there is no such file" in done.err
+    (tmp_path / "x.yaml").write_text("tasks: [a: b: c]")
+    done = dinov2("eval", "--suite", tmp_path / "x.yaml", "tiny", "-o", tmp_path / "r")
+    assert done.code == 2 and "is not YAML at line 1" in " ".join(done.err.split())
+    (tmp_path / "x.yaml").write_text("tasks: []")
+    assert dinov2("eval", "--suite", tmp_path / "x.yaml", "tiny", "-o", tmp_path / "r").code == 2
 
 
 def test_kill_and_run_again_gives_the_same(photos, tmp_path):
@@ -227,3 +267,82 @@ def test_kill_and_run_again_gives_the_same(photos, tmp_path):
     assert one.equals(other) and not (tmp_path / "r" / "parts").exists()
     values = [row.value for row in read_results(tmp_path / "r")]
     assert np.isfinite(values).all()
+
+
+def test_what_the_page_shows_works(dinov2, photos, tmp_path):
+    """docs/evaluation.md: its task runs, its suite is one, its commands and their options exist."""
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    (tmp_path / "spread.py").write_text(code)
+    arguments = ["--test", photos, "--power", "2", "-o", tmp_path / "r", *PLAIN, "--json"]
+    done = dinov2("eval", tmp_path / "spread.py", "tiny", *arguments)
+    assert done.code == 0, done.err
+    assert done.json["results"][0]["settings"]["power"] == 2 and done.json["results"][0]["value"] > 0
+    (suite,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    (tmp_path / "suite.yaml").write_text(suite)
+    config = load_config(SuiteConfig, recipe=str(tmp_path / "suite.yaml"), option="--suite")
+    assert [find_task(entry.task).name for entry in config.tasks] == ["knn", "segmentation"]
+    for entry in config.tasks:
+        load_config(task_config(find_task(entry.task)), flags={**config.settings, **entry.settings})
+    for task in TASKS:
+        assert f"| `{task}` |" in page
+    for option in set(re.findall(r"`(--[a-z-]+)", page)):
+        assert any(option in dinov2("eval", task, "--help").out for task in (*TASKS, "suite", "compare")), option
+
+
+def test_what_figures_depend_on_makes_another_output(dinov2, toy, photos, tmp_path):
+    """The task's own file, and the configuration beside the weights."""
+    model, other = tmp_path / "model", tmp_path / "other"
+    save_hf(build("tiny"), model, resize=32, crop=32)
+    arguments = ["eval", toy, model, "--test", photos, "-o", tmp_path / "r", *PLAIN]
+    assert dinov2(*arguments).code == 0
+    assert "already done" in dinov2(*arguments).err
+    toy.write_text(TOY.replace("bright = values >", "bright = values <"))
+    again = dinov2(*arguments)
+    assert again.code == 2 and "toy.py has changed since" in " ".join(again.err.split())
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.5}))
+    data = ["--train", f"{photos}?label=folder", "--test", f"{photos}?label=folder", "--k", "1"]
+    for number, place in enumerate((model, other)):
+        done = dinov2("eval", "knn", place, *data, "-o", tmp_path / f"knn{number}", *PLAIN)
+        assert done.code == 0 and ("features of" in done.err) == (place == other)  # the toy has seen the first model
+
+
+def test_images_without_a_label_are_counted(dinov2, photos, tmp_path):
+    """Files beside the folders of the classes have no label."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(photos, mixed)
+    for number, file in enumerate(sorted(path for path in photos.rglob("*.*") if path.is_file())[:3]):
+        (mixed / f"loose{number}{file.suffix}").write_bytes(file.read_bytes())
+    data = ["--train", f"{photos}?label=folder", "--test", f"{mixed}?label=folder", "--k", "3", *PLAIN]
+    done = dinov2("eval", "knn", "tiny", *data, "-o", tmp_path / "r")
+    assert done.code == 0 and "3 of 75 test images have no label and are left out" in " ".join(done.err.split())
+    assert read_results(tmp_path / "r")[0].n == 72
+
+
+def test_what_models_keep_is_their_own(dinov2, toy, photos, tmp_path):
+    """A task that keeps its work under a key of its own must not find that of another model."""
+    toy.write_text(
+        TOY.replace(
+            "        values = features.pooled[:, self.column]\n",
+            "        values = features.pooled[:, self.column]\n"
+            '        stage = trial.store.stage("values", {})\n'
+            "        kept = stage.load(0)\n"
+            "        if kept is None:\n"
+            '            stage.save(0, {"values": values})\n'
+            "        else:\n"
+            '            raise AssertionError("of another model")\n',
+        )
+    )
+    done = dinov2("eval", toy, "tiny", "baseline:pixels", "--test", photos, "-o", tmp_path / "r", *PLAIN)
+    assert done.code == 0, done.err
+
+
+def test_a_figure_without_a_value_is_null_in_json(dinov2, toy, photos, tmp_path):
+    toy.write_text(TOY.replace("statistics.mean(bright)", "statistics.ratio(bright * 0, bright * 0)"))
+    done = dinov2("eval", toy, "tiny", "--test", photos, "-o", tmp_path / "r", *PLAIN, "--json")
+    assert done.code == 0 and done.json["results"][0]["value"] is None and "NaN" not in done.out
+    assert "NaN" not in (tmp_path / "r" / "results.json").read_text()
+    (row,) = read_results(tmp_path / "r")
+    assert np.isnan(row.value) and row.n == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dinov2cli.data.bad import BadImage
 from dinov2cli.data.source import open_source
@@ -300,3 +301,22 @@ def test_sources_pickle_without_their_lists(picture_folder, tmp_path, encode):
         clone = pickle.loads(pickle.dumps(source))
         assert "ids" not in clone.__dict__
         assert clone.ids == names and clone.read(0) == first and clone.spec == source.spec
+
+
+def test_images_that_a_table_only_names_belong_to_its_content(tmp_path):
+    for row in range(3):
+        Image.new("RGB", (8, 8), (40 * row, 0, 0)).save(tmp_path / f"{row}.png")
+    names = [f"{row}.png" for row in range(3)]
+    inside = [{"bytes": (tmp_path / name).read_bytes(), "path": name} for name in names]
+    tables = {"cells": [{"bytes": None, "path": name} for name in names], "texts": names, "whole": inside}
+    for name, column in tables.items():
+        pq.write_table(pa.table({"image": column}), tmp_path / f"{name}.parquet")
+
+    def hashes():
+        return {name: open_source(f"{tmp_path}/{name}.parquet?image=image").content_hash() for name in tables}
+
+    before = hashes()
+    assert hashes() == before and len(set(before.values())) == 3
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "1.png")
+    after = hashes()
+    assert {name for name in tables if after[name] != before[name]} == {"cells", "texts"}

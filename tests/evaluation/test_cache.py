@@ -1,15 +1,21 @@
 """Features of a source, computed once and kept: what is shared, what is not, and what a stopped command leaves."""
 
 import hashlib
+import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from dinov2cli.artifacts.cache import FeatureCache
+from dinov2cli.artifacts.embeddings import EmbeddingsWriter
+from dinov2cli.artifacts.output import Output
 from dinov2cli.artifacts.parts import Parts
 from dinov2cli.data.source import open_source
 from dinov2cli.errors import InputError, UserError
@@ -197,3 +203,71 @@ def test_the_least_recently_used_features_go_first(tmp_path):
     assert kept.load(0) is not None and FeatureCache(tmp_path).stage("features", {"n": 1}).load(0) is None
     assert FeatureCache(tmp_path).stage("features", {"n": 2}).load(0) is not None
     assert FeatureCache(tmp_path / "nowhere").trim(0) == 0
+
+
+def two_columns(tmp_path, shift=0):
+    """A table with two image columns, whose pictures differ."""
+    rng = np.random.default_rng(shift)
+    cells = {name: [] for name in ("left", "right")}
+    for row in range(12):
+        for name in cells:
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+            cells[name].append({"bytes": buffer.getvalue(), "path": f"{name}{row}.png"})
+    labels = {"label": list(range(12)), "other": list(range(12))[::-1]}
+    pq.write_table(pa.table({**cells, **labels}), tmp_path / "d.parquet")
+    return tmp_path / "d.parquet"
+
+
+def test_columns_of_one_table_are_different_pixels_also_behind_embeddings(tmp_path):
+    file, store = two_columns(tmp_path), Counting(tmp_path / "cache")
+    left, right = (open_source(f"{file}?image={name}") for name in ("left", "right"))
+    assert left.content_hash() == right.content_hash()  # of the file
+    trial = Trial(model(), right, left, cache=store)
+    found = [trial.features(source).pooled for source in (left, right)]
+    assert not np.allclose(found[0], found[1]) and not trial.same_images
+    for name in ("left", "right"):
+        out = Output.open(tmp_path / name, "embeddings", command="test", config={})
+        writer = EmbeddingsWriter(out, 48)
+        source = open_source(f"{file}?image={name}")
+        rows = {"id": source.ids, "image_path": source.paths, "width": [32] * 12, "height": [32] * 12}
+        table = pa.table({**rows, "sha256": ["0" * 64] * 12, "source": [source.spec] * 12, "row": list(range(12))})
+        writer.write_shard(0, np.zeros((12, 48), np.float32), table, None)
+        writer.finish(12)
+    behind = [trial.features(open_source(str(tmp_path / name))).pooled for name in ("left", "right")]
+    np.testing.assert_array_equal(behind, found)
+
+
+def test_the_same_images_have_the_same_labels_too(tmp_path):
+    file = two_columns(tmp_path)
+    one, other = (open_source(f"{file}?image=left&label={name}") for name in ("label", "other"))
+    assert Trial(model(), one, open_source(one.spec)).same_images
+    assert not Trial(model(), one, other).same_images
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    source, said = open_source(str(folder)), []
+    trial = Trial(model(), source, cache=FeatureCache(tmp_path / "file"), warn=said.append)
+    found = trial.features(source)
+    np.testing.assert_array_equal(found.pooled, Trial(model(), source).features(source).pooled)
+    assert len(said) == 1 and "--cache names another place" in said[0]
+
+
+def test_a_block_that_lost_arrays_is_computed_again(folder, tmp_path):
+    source, store = open_source(str(folder)), Counting(tmp_path / "cache")
+    whole = Trial(model(), source, cache=store).features(source)
+    stage = next((tmp_path / "cache" / "parts").iterdir())
+    np.savez(stage / f"{8:012d}.npz", index=np.zeros(3, np.int64))
+    store.saved.clear()
+    again = Trial(model(), source, cache=store).features(source)
+    assert store.saved == [8]
+    np.testing.assert_array_equal(again.class_tokens, whole.class_tokens)
+
+
+def test_two_commands_may_trim_at_once(tmp_path):
+    for number in range(40):
+        FeatureCache(tmp_path).stage("features", {"n": number}).save(0, {"x": np.zeros(1000, np.float32)})
+    with ThreadPoolExecutor(8) as pool:
+        deleted = list(pool.map(lambda _: FeatureCache(tmp_path).trim(0), range(8)))
+    assert sum(deleted) > 40 * 4000 and not list((tmp_path / "parts").iterdir())

@@ -190,3 +190,24 @@ def test_short_names_are_ends_that_tell_apart():
     two = ["demo:photos?split=train", "demo:photos?split=test"]
     assert short_names(two) == {name: name for name in two}
     assert short_names(["run", "/a/run"]) == {"run": "run", "/a/run": "a/run"}
+
+
+def test_settings_that_are_tables_may_differ(tmp_path):
+    paths = [
+        knn(tmp_path / "a", 0.4, "small", others={"z": "/d/z"}),
+        knn(tmp_path / "b", 0.6, "large", others={}),
+    ]
+    found = compare_results(paths)
+    assert any("differ in others" in note and "/d/z" in note for note in found.notes)
+
+
+def test_a_share_of_all_units_and_of_some_are_one_metric(tmp_path):
+    counted = np.ones(N)
+    figures = [right(0.4), ratio(right(0.6).values[:, 0] * counted, counted)]
+    paths = [
+        results(tmp_path / name, [("robustness", "/d/x", "top1", figure, {})], model=name)
+        for name, figure in zip("ab", figures, strict=True)
+    ]
+    (change,) = compare_results(paths).changes
+    assert change.change.value == pytest.approx(right(0.6).value() - right(0.4).value())
+    assert change.verdict == "better"

@@ -1,6 +1,7 @@
 """What learns how fast, and the average of the weights, against their closed forms."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dinov2cli.evaluation.finetuning.model import (
 )
 from dinov2cli.models.encoder import Encoder, Seen
 from dinov2cli.models.heads import ProjectionHead
+from dinov2cli.models.load import load_model
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train.optim import has_weight_decay, layer_id, parameter_groups
 
@@ -229,3 +231,23 @@ def test_moments_can_be_taken_over():
         optimizer.step()
         ends.append({name: weight.detach().clone() for name, weight in trained(model).items()})
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
+
+
+@pytest.mark.parametrize("kind", ["swin", "convnext", "resnet"])
+def test_stages_of_hierarchical_encoders_are_their_layers(kind, tmp_path):
+    """Their depth is that of the one stage whose places they serve, not of what learns."""
+    transformers = pytest.importorskip("transformers")
+    configs = {
+        "swin": transformers.SwinConfig(
+            image_size=32, patch_size=4, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4
+        ),
+        "convnext": transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2),
+        "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    }
+    transformers.AutoModel.from_config(configs[kind]).save_pretrained(tmp_path / kind)
+    encoder = load_model(f"transformers:{tmp_path / kind}").encoder
+    found = {name: rate for name, (rate, _) in rates(classifier(encoder, image_size=32), 0.5).items()}
+    assert max(found.values()) == found["head.weight"] == 1.0
+    first = [rate for name, rate in found.items() if re.search(r"(stages|layers)\.0\.", name)]
+    last = [rate for name, rate in found.items() if re.search(r"encoder\.(stages|layers)\.1\.", name)]
+    assert first and set(last) == {0.5} and 0.25 in first

@@ -231,3 +231,11 @@ def test_other_metrics_and_other_numbers_of_units_are_not_compared():
         difference(mean([1, 0]), root_mean([1, 0]), seed=0)
     with pytest.raises(ValueError, match="got mean over 2 and mean over 3"):
         difference(mean([1, 0]), mean([1, 0, 1]), seed=0)
+
+
+def test_a_share_of_some_of_the_units_has_wilson_s_interval_too():
+    counted = np.arange(40) < 25
+    right = np.arange(40) % 3 == 0
+    share = ratio(right * counted, counted)
+    assert intervals.interval(share, seed=0) == intervals.wilson_interval(int(right[:25].sum()), 25)
+    assert intervals.interval(ratio(right * 2.0, counted), seed=0) != intervals.interval(share, seed=0)

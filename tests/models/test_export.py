@@ -97,7 +97,8 @@ def test_other_processors_are_read(tmp_path):
     file.write_text(json.dumps({"size": 518, "crop_size": 518, "resample": 2, "do_center_crop": False}))
     assert read_preprocess(file) == Preprocess(518, 518, interpolation="bilinear")
     file.write_text(json.dumps({"size": {"height": 98, "width": 98}, "do_normalize": False, "do_center_crop": False}))
-    assert read_preprocess(file) == Preprocess(98, 98, (0.0,) * 3, (1.0,) * 3)
+    # Height and width ask for a square, whatever the aspect: so does transformers.
+    assert read_preprocess(file) == Preprocess(98, 98, (0.0,) * 3, (1.0,) * 3, square=True)
 
 
 class Hollow(types.ModuleType):

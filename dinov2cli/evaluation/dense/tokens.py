@@ -17,7 +17,6 @@ from dinov2cli.data.dense import fitted_size, resize_image
 from dinov2cli.device import autocast
 from dinov2cli.errors import UserError
 from dinov2cli.models.encoder import Encoder
-from dinov2cli.models.load import LoadedModel
 from dinov2cli.models.vit import VisionTransformer
 
 Tokens: TypeAlias = VisionTransformer | Encoder
@@ -96,11 +95,6 @@ class TokenMaps:
 
     maps: Tensor
     cls: Tensor
-
-
-def encoder_of(model: LoadedModel) -> Tokens:
-    """The network of a model, if it has tokens. Raises UserError where it gives one vector per image."""
-    return model.network if isinstance(model.network, Encoder) else model.backbone
 
 
 def last_blocks(encoder: Tokens, number: int) -> list[int]:

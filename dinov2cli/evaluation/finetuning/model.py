@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinov2cli.models.depth import Share
 from dinov2cli.models.encoder import Encoder
 from dinov2cli.models.vit import VisionTransformer
-from dinov2cli.train.optim import build_optimizer
+from dinov2cli.train.optim import build_optimizer, layer_id
 
 _HEAD_STD = 0.01
 
@@ -103,10 +103,12 @@ def build_classifier(
 def layered_adamw(model: Classifier, *, layer_decay: float, beta2: float = 0.999) -> torch.optim.AdamW:
     """AdamW whose groups know their place: layer l of L + 1 learns at layer_decay^(L + 1 - l) of the rate of the head.
 
-    Layer 0 is what comes before the blocks, layer i + 1 is block i, the final norm and the head are the last. Biases,
-    norms and gains do not decay. `set_rates` gives the rates.
+    Layer 0 is what comes before the blocks, layer i + 1 is block i (of a hierarchical encoder: stage i), the final norm
+    and the head are the last. Biases, norms and gains do not decay. `set_rates` gives the rates.
     """
     depth = model.backbone.depth
+    if not isinstance(model.backbone, VisionTransformer):  # whose depth may be that of the stages it serves
+        depth = max((layer_id(name, 0) for name, _ in model.backbone.named_parameters()), default=0)
     return build_optimizer(model, depth=depth, layerwise_decay=layer_decay, patch_embed_lr=1.0, beta2=beta2)
 
 

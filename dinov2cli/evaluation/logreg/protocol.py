@@ -125,7 +125,9 @@ def logistic_regression(
     held_x = problem.x[torch.from_numpy(held_rows).to(device)]
     values = _validation(path.weights, held_x, train_labels[held_rows], n_classes, metric)
     chosen = int(np.argmax(values))
-    final = _final(problem, path.weights[..., chosen : chosen + 1], grid[chosen], stage, len(grid), max_iterations)
+    final = _final(
+        problem, path.weights[..., chosen : chosen + 1], grid[chosen], stage, len(grid) + chosen, max_iterations
+    )
     slopes, intercepts = basis.weights(final.weights[..., 0])
     many = len(train) * grid[chosen]
     return LogregResult(

@@ -153,7 +153,7 @@ class Depth(Task):
         return Seeing(
             encoder.to(trial.device),
             trial.model.preprocess.normalize,
-            Sight(self.size, WHOLE, WHOLE),
+            Sight(self.size, WHOLE, WHOLE, longest=4 * self.size if self.size else None),
             tuple(head_blocks(self.head, encoder.depth)),
             trial.device,
             precision=trial.precision,

@@ -230,7 +230,9 @@ class Finetune(Task):
         per_class = statistics.class_mean(ranks < 1, plan.test_labels[answers.rows])
         figures.append(Figure("mean_per_class", per_class, settings=told))
         for other in answers.ranks.keys() - {self.weights}:
-            figures.append(Figure("top1", statistics.mean(answers.ranks[other] < 1), settings={"weights": other}))
+            figures.append(
+                Figure(f"top1_{other}", statistics.mean(answers.ranks[other] < 1), settings={"weights": other})
+            )
         return figures
 
     def _found(self, trial: "Trial", plan: "Plan", tuning: "FineTuning") -> dict[str, Any]:

@@ -8,6 +8,7 @@ all tasks for its help. Import them inside `collect` and `judge`.
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Task(ABC):
     name: ClassVar[str]
     train: ClassVar[bool] = True
     others: ClassVar[str | None] = None
+
+    def files(self) -> list[Path]:
+        """Files that settings name and figures depend on: when their content changes, the output is another one."""
+        return []
 
     def check(self, trial: "Trial") -> None:
         """Raise UserError or InputError for what can be seen to be wrong before anything is computed or written.

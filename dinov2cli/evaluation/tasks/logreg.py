@@ -190,4 +190,4 @@ def _of_lists(result: "LogregResult", truth: "np.ndarray", names: list[str], uni
         }
     )
     notes = absent_note(np.flatnonzero(truth.any(axis=0)), names)
-    return [Figure("map", measure(result.scores, truth, "map"))], table, notes
+    return [Figure("mAP", measure(result.scores, truth, "map"))], table, notes

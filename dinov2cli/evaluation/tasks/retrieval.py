@@ -1,6 +1,7 @@
 """`dinov2 eval retrieval`: images of the same object found among many, by the cosine of frozen features."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, MinLen
@@ -46,6 +47,10 @@ class Retrieval(Task):
     ap: Literal["trapezoid", "step"] = setting(
         "trapezoid", "area under precision over recall: as the codes of Oxford and Holidays have it, or scikit-learn"
     )
+
+    def files(self) -> list[Path]:
+        """The ground truth."""
+        return [] if self.ground_truth is None else [Path(self.ground_truth)]
 
     def check(self, trial: "Trial") -> None:
         """Something must say which images belong together, and one query at least must have something to find."""

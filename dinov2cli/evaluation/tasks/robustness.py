@@ -1,6 +1,7 @@
 """`dinov2 eval robustness`: a linear classifier, trained once, on shifted sets and on corrupted test images."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
@@ -67,6 +68,10 @@ class Robustness(Task):
     steps: Annotated[int, Ge(1)] | None = setting(None, "steps instead of what follows from epochs")
     train_batch_size: Annotated[int, Ge(1)] = setting(128, "images per step of the classifiers")
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = setting(0.1, "share of each class held out for the choice")
+
+    def files(self) -> list[Path]:
+        """The results of the baseline, if they are a folder's."""
+        return [Path(self.baseline) / "results.json"]
 
     def check(self, trial: "Trial") -> None:
         """Names and numbers in the settings, labels of all sets, classes in common, and the baseline."""

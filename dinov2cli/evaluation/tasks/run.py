@@ -43,6 +43,7 @@ def run_task(
     def judge() -> None:
         judged = task.judge(trial, collected)
         _warn_of_overlap(trial, judged)
+        _note_unlabelled(trial, judged)
         for note in judged.notes:
             trial.warn(note)
         described = {"model": model, "dataset": dataset, "task": task.name}
@@ -83,6 +84,17 @@ def _row(figure: Figure, headline: bool, judged: Judged, protocol: dict[str, Any
         settings=settings,
         **described,
     )
+
+
+def _note_unlabelled(trial: Trial, judged: Judged) -> None:
+    """Note how many images a task that goes by labels has left out for want of one."""
+    if judged.predictions is None or "label" not in judged.predictions.column_names:
+        return
+    for role, source in (("training", trial.train), ("test", trial.test)):
+        labels = None if source is None else source.labels
+        missing = 0 if labels is None else int((labels < 0).sum())
+        if labels is not None and missing:
+            judged.notes.append(f"{missing:,} of {len(labels):,} {role} images have no label and are left out")
 
 
 def _warn_of_overlap(trial: Trial, judged: Judged) -> None:

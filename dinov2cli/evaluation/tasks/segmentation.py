@@ -58,7 +58,9 @@ class Segmentation(Task):
     loss_stride: Annotated[int, Gt(0)] = setting(
         2, "the loss reads every n-th row and column of pixels (1: all, slower)"
     )
-    memory: Annotated[float, Ge(0)] = setting(8.0, "GiB of token maps to hold; more are computed again at every step")
+    memory: Annotated[float, Ge(0)] = setting(
+        8.0, "GiB of token maps to hold, of all processes; more are computed again at every step"
+    )
     scales: Annotated[list[Annotated[float, Gt(0)]], MinLen(0)] = setting(
         [], "factors on the size in the test (empty: 1, or 1 to 3 in five steps for ms)"
     )
@@ -73,14 +75,14 @@ class Segmentation(Task):
 
     def _seeing(self, trial: "Trial") -> "Seeing":
         from dinov2cli.evaluation.dense.maps import Seeing
-        from dinov2cli.evaluation.dense.tokens import Sight, encoder_of, last_blocks
+        from dinov2cli.evaluation.dense.tokens import Sight, last_blocks
 
         default = _SIZE_MS if self.head == "ms" else _SIZE
         size = default if self.size < 0 else self.size
         window = self.window or size or default
-        encoder = encoder_of(trial.model)
+        encoder = trial.model.encoder
         return Seeing(
-            encoder=encoder,
+            encoder=encoder.to(trial.device),
             normalize=trial.model.preprocess.normalize,
             sight=Sight(size or None, window, self.stride or max(1, window * 2 // 3), longest=4 * size or None),
             blocks=tuple(last_blocks(encoder, 4 if self.head == "ms" else 1)),
@@ -106,6 +108,7 @@ class Segmentation(Task):
         """The head, trained on every rank alike."""
         import torch
 
+        from dinov2cli.evaluation.dense.batches import StoredBatches
         from dinov2cli.evaluation.dense.training import group_of, train_head
         from dinov2cli.evaluation.segmentation.head import LinearSegmenter, learning_rate, segmentation_loss
 
@@ -136,7 +139,7 @@ class Segmentation(Task):
                 every=_EVERY,
                 on_step=advance,
             )
-        kept = type(batches).__name__ == "StoredBatches"
+        kept = isinstance(batches, StoredBatches)
         settings: dict[str, Any] = {"steps": steps, "train_images": len(masks.rows), "train_examples": len(batches)}
         settings |= {"token_maps": "stored" if kept else "computed at every step"}
         return head, masks, settings | {"final_loss": float(trained.losses[-min(50, steps) :].mean())}
@@ -185,10 +188,10 @@ class Segmentation(Task):
 
         assert trial.train is not None
         source = trial.train
-        gib = trial.ranks.first(lambda: expected_bytes(source, seeing)) / 2**30 / trial.ranks.world_size
+        gib = trial.ranks.first(lambda: expected_bytes(source, seeing)) / 2**30
         if gib > self.memory:
             trial.say(
-                f"token maps of {len(source):,} images would take {gib:.1f} GiB per process, memory is "
+                f"token maps of {len(source):,} images would take {gib:.1f} GiB, memory is "
                 f"{self.memory:g}: the model runs at every step instead"
             )
         return gib <= self.memory
@@ -274,7 +277,7 @@ class Segmentation(Task):
             "iou_by_class": [None if np.isnan(value) else round(float(value), 6) for value in counts.class_ious()],
             "most_frequent_class": {
                 "class": common,
-                "miou": ratio(floor.both, floor.unions).value(),
+                "mIoU": ratio(floor.both, floor.unions).value(),
                 "pixel_accuracy": ratio(floor.both.sum(1), floor.truth.sum(1)).value(),
             },
         }
@@ -284,10 +287,10 @@ class Segmentation(Task):
                 f"classes {', '.join(map(str, absent[:10]))}{' …' if len(absent) > 10 else ''} of the test masks are "
                 "in no training mask: no pixel can be found to be of them, and they count with 0"
             )
-        table = pa.table({"id": units, "miou": counts.image_ious(), "pixel_accuracy": counts.image_accuracies()})
+        table = pa.table({"id": units, "mIoU": counts.image_ious(), "pixel_accuracy": counts.image_accuracies()})
         return Judged(
             figures=[
-                Figure("miou", iou),
+                Figure("mIoU", iou),
                 Figure("pixel_accuracy", pixels),
                 Figure("mean_class_accuracy", ratio(counts.both, counts.truth)),
             ],

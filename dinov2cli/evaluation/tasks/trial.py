@@ -13,7 +13,7 @@ from dinov2cli.data.bad import BadImages
 from dinov2cli.data.loader import View
 from dinov2cli.data.source import ImageSource
 from dinov2cli.distributed import ALONE, Ranks
-from dinov2cli.evaluation.cache import cached_features
+from dinov2cli.evaluation.cache import cached_features, pixel_options
 from dinov2cli.evaluation.features import Features
 from dinov2cli.models.load import LoadedModel
 from dinov2cli.search.blocks import Store
@@ -83,8 +83,17 @@ class Trial:
 
     @property
     def same_images(self) -> bool:
-        """Whether train and test are the same rows of the same data."""
+        """Whether train and test are the same rows of the same data, with the same labels."""
         train, test = self.train, self.test
         if train is None or len(train) != len(test):
             return False
-        return train.content_hash() == test.content_hash() and train.ids == test.ids
+        return (
+            train.content_hash() == test.content_hash()
+            and pixel_options(train) == pixel_options(test)
+            and train.ids == test.ids
+            and np.array_equal(_labels(train), _labels(test))
+        )
+
+
+def _labels(source: ImageSource) -> np.ndarray:
+    return np.zeros(0, np.int64) if source.labels is None else source.labels

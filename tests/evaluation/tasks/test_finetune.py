@@ -80,7 +80,7 @@ def test_figures_predictions_and_settings():
     untouched = {name: value.clone() for name, value in on.model.backbone.state_dict().items()}
     judged = run(Finetune(**QUICK | {"epochs": 12}), on)
     told = [(figure.metric, figure.settings["weights"]) for figure in judged.figures]
-    assert told == [("top1", "raw"), ("top5", "raw"), ("mean_per_class", "raw"), ("top1", "ema")]
+    assert told == [("top1", "raw"), ("top5", "raw"), ("mean_per_class", "raw"), ("top1_ema", "ema")]
     assert judged.units == [f"{100 + row}.png" for row in range(18) if row != 3]
     table = judged.predictions.to_pydict()
     assert table["id"] == judged.units
@@ -103,7 +103,7 @@ def test_figures_predictions_and_settings():
 def test_the_reported_weights_are_those_of_the_settings():
     judged = run(Finetune(**QUICK | {"lr": 1.0}, weights="ema"), trial(classes=6))  # so fast that the two differ
     told = [(figure.metric, figure.settings["weights"]) for figure in judged.figures]
-    assert told == [("top1", "ema"), ("top5", "ema"), ("mean_per_class", "ema"), ("top1", "raw")]
+    assert told == [("top1", "ema"), ("top5", "ema"), ("mean_per_class", "ema"), ("top1_raw", "raw")]
     ema, raw = judged.figures[0].statistic.value(), judged.figures[3].statistic.value()
     table = judged.predictions.to_pydict()
     assert np.mean([a == b for a, b in zip(table["label"], table["prediction"], strict=True)]) == ema != raw

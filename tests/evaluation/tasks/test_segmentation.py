@@ -52,10 +52,10 @@ def outcome(judged):
 @pytest.mark.parametrize("changes", [{}, {"head": "ms", "scales": [1.0, 1.5]}, {"augmentation": "crops"}])
 def test_classes_that_differ_in_colour_are_found(sets, changes):
     judged = run(Segmentation(**QUICK | changes), trial(*sets))
-    assert [figure.metric for figure in judged.figures] == ["miou", "pixel_accuracy", "mean_class_accuracy"]
+    assert [figure.metric for figure in judged.figures] == ["mIoU", "pixel_accuracy", "mean_class_accuracy"]
     value = judged.figures[0].statistic.value()
     # Bilinear logits of patches of 4 pixels cannot follow squares of 8 to the pixel.
-    assert value > 0.6 and value > judged.settings["most_frequent_class"]["miou"] + 0.3
+    assert value > 0.6 and value > judged.settings["most_frequent_class"]["mIoU"] + 0.3
     assert judged.settings["classes"] == 3 and len(judged.settings["iou_by_class"]) == 3
     assert judged.settings["blocks"] == ([0, 1] if changes.get("head") == "ms" else [1])
     assert len(judged.units) == len(judged.figures[0].statistic) == 10 and judged.predictions.num_rows == 10
@@ -217,5 +217,5 @@ def test_two_ranks_find_what_one_finds(sets, tmp_path):
         alone = outcome(run(Segmentation(**QUICK | {"train_batch_size": 3} | changes), trial(*sets)))
         found = json.loads(line)
         assert found["loss"] == pytest.approx(alone["loss"], rel=1e-3)
-        assert found["miou"] == pytest.approx(alone["miou"], abs=5e-3)
+        assert found["mIoU"] == pytest.approx(alone["mIoU"], abs=5e-3)
         assert np.abs(np.array(found["values"]) - alone["values"]).max() <= 0.01 * 24 * 32

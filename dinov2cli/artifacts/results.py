@@ -16,6 +16,7 @@ from dinov2cli.artifacts.manifest import FILE_NAME, Manifest, has_manifest, read
 from dinov2cli.artifacts.output import Output
 from dinov2cli.errors import InputError
 
+FILE = "results.json"
 _SCORES = "scores.parquet"
 # The names of a large test set in one dictionary, so that they are stored once for each figure.
 _DICTIONARY_BYTES = 32 << 20
@@ -82,7 +83,7 @@ def write_results(
     """
     if scores is not None and len(scores) != len(rows):
         raise ValueError(f"{len(rows)} rows of results need as many scores, got {len(scores)}")
-    out.write_json("results.json", [row.record() for row in rows])
+    out.write_json(FILE, [row.record() for row in rows])
     # Settings differ between tasks, so the Parquet column holds them as JSON text.
     flat = [{**asdict(row), "settings": json.dumps(row.record()["settings"], default=str)} for row in rows]
     out.write_table("results.parquet", pa.Table.from_pylist(flat))
@@ -166,7 +167,7 @@ def read_results(path: Path | str) -> list[ResultRow]:
     path = Path(path)
     require_kind(path, "results")
     try:
-        records = json.loads((path / "results.json").read_text())
+        records = json.loads((path / FILE).read_text())
         return [ResultRow(**{**record, **_numbers(record)}) for record in records]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(

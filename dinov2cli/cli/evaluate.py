@@ -1,5 +1,6 @@
 """`dinov2 eval TASK MODEL…`: one command per benchmark, made from the settings that the task declares."""
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field
@@ -44,15 +45,26 @@ _CONFIG_FLAGS = ("image_size", "cache", "workers", "device", "seed")
 
 
 class _Tasks(TyperGroup):
-    """Knows tasks in files of the user's own (`./mine.py`), and `--suite FILE` in place of a task."""
+    """One command per task, made when it is asked for: ours by name, anybody's by its file (`./mine.py`). Knows
+    `--suite FILE` in place of a task too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if any(arg == "--suite" or arg.startswith("--suite=") for arg in args) and args[0] != "suite":
             args = ["suite", *args]
         return super().parse_args(ctx, args)
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*TASKS, *super().list_commands(ctx)]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = self.list_commands(ctx)
+        near = difflib.get_close_matches(args[0], known, n=1) if args[0] not in known else []
+        if near and not args[0].endswith(".py"):
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if not cmd_name.endswith(".py"):
+        if cmd_name not in TASKS and not cmd_name.endswith(".py"):
             return super().get_command(ctx, cmd_name)
         own = typer.Typer(add_completion=False, rich_markup_mode="markdown")
         own.command(cmd_name)(command_of(cmd_name, find_task(cmd_name)))
@@ -111,7 +123,8 @@ def _help(name: str, task: type[Task]) -> str:
 
 def _with_default(field: Field[Any]) -> str:
     default = field.default if field.default_factory is MISSING else field.default_factory()
-    text = ", ".join(map(str, default)) if isinstance(default, list) else str(default).lower()
+    shown_one = f"{default:.4g}" if isinstance(default, float) else str(default).lower()
+    text = ", ".join(map(str, default)) if isinstance(default, list) else shown_one
     shown = "" if default is None or text == "" else f" (default: {text})"
     return f"{field.metadata.get('help', '')}{shown}"
 
@@ -189,7 +202,5 @@ def _evaluate(task: type[Task], given: Mapping[str, Any], others: Mapping[str, s
     )
 
 
-for _name in TASKS:
-    app.command(_name)(command_of(_name, find_task(_name)))
 app.command("suite")(suite)
 app.command("compare")(compare)

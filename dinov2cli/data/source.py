@@ -134,6 +134,11 @@ class ImageSource(ABC):
         return self.spec, row
 
     @property
+    def options(self) -> dict[str, str]:
+        """What stands after the question mark of its DATA string."""
+        return dict(self._options)
+
+    @property
     def behind(self) -> Sequence["ImageSource"]:
         """The sources whose images these are, where they are not its own."""
         return ()

@@ -13,7 +13,6 @@ import numpy as np
 
 from dinov2cli.data.loader import View, row_ranges
 from dinov2cli.data.source import ImageSource
-from dinov2cli.data.spec import parse_spec
 from dinov2cli.errors import UserError, WorkError
 from dinov2cli.evaluation.features import Dealt, Features, deal_features
 from dinov2cli.models.descriptors import Descriptor
@@ -47,7 +46,7 @@ class _Memory:
 def pixel_options(source: ImageSource) -> list[Any]:
     """What DATA strings say of the pixels that are read (`?image=COLUMN`), also those of the sources behind a selection
     or embeddings: `content_hash` knows the files only."""
-    own = {key: value for key, value in parse_spec(source.spec).options.items() if key not in _COLUMNS}
+    own = {key: value for key, value in source.options.items() if key not in _COLUMNS}
     return [own, *(pixel_options(one) for one in source.behind)]
 
 

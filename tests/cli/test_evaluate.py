@@ -113,7 +113,8 @@ def test_files_that_hold_no_task(dinov2, photos, tmp_path):
     (tmp_path / "broken.py").write_text("x = = 1\n")
     done = dinov2("eval", tmp_path / "broken.py", *arguments)
     assert done.code == 3 and "cannot be imported (SyntaxError" in done.err
-    assert dinov2("eval", "knm", *arguments).code == 2
+    done = dinov2("eval", "knm", *arguments)
+    assert done.code == 2 and "Did you mean 'knn'?" in done.err
 
 
 def test_several_models_and_features_once(dinov2, photos, tmp_path, own_cache):

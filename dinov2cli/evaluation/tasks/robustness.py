@@ -71,7 +71,9 @@ class Robustness(Task):
 
     def files(self) -> list[Path]:
         """The results of the baseline, if they are a folder's."""
-        return [Path(self.baseline) / "results.json"]
+        from dinov2cli.artifacts.results import FILE
+
+        return [Path(self.baseline) / FILE]
 
     def check(self, trial: "Trial") -> None:
         """Names and numbers in the settings, labels of all sets, classes in common, and the baseline."""

@@ -243,7 +243,7 @@ def test_labels_that_do_not_fit():
         ({"train": one, "test": one}, "has one class"),
         ({"train": one}, "2 classes that squares0 lacks"),
         ({"train": Squares(np.arange(9) % 2, ["a", "b"]), "test": named}, r"lacks \(z\)"),
-        ({"train": Squares(np.full(9, -1))}, "has no labels"),
+        ({"train": Squares(np.full(9, -1))}, "none of its 9 images has a label"),
     ]
     for changes, said in cases:
         with pytest.raises(InputError, match=said):

@@ -133,7 +133,7 @@ def test_unlabelled_images_take_no_part():
     [
         ([0] * 9, [0] * 9, "has one class (0), so there is nothing to tell apart"),
         ([0, 1] * 5, [0, 2], "has 1 class that"),
-        ([0, 1] * 5, [-1, -1], "has no labels and this benchmark needs them"),
+        ([0, 1] * 5, [-1, -1], "none of its 2 images has a label"),
     ],
 )
 def test_unfit_labels_are_refused_before_anything_is_computed(train, test, message):

@@ -97,7 +97,7 @@ def test_lists_of_labels_give_mean_average_precision(tmp_path):
     where = Trial(tiny_model(), test, train)
     judged = run(Logreg(strengths=[0.1, 10.0]), where)
     (figure,) = judged.figures
-    assert figure.metric == "map" and len(figure.statistic) == len(judged.units) == 45
+    assert figure.metric == "mAP" and len(figure.statistic) == len(judged.units) == 45
     names = ["blue", "green", "red"]
     truth = np.array(
         [[name in some for name in names] for some in test.column("things").to_pylist() if some is not None]

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--only", help="tasks to run, as knn,depth; the others keep what is recorded")
+    parser.add_argument("--only", help="tasks to run, or bench, as knn,depth; the others keep what is recorded")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     floor = given.out / RANDOM
@@ -84,6 +84,9 @@ def main() -> None:
     if not trained.exists():
         shutil.copytree(given.model / "export", trained)
     record = json.loads(FILE.read_text()) if FILE.exists() else {"machine": machine(), "tasks": {}}
+    if not given.only or "bench" in given.only.split(","):
+        command = [sys.executable, "-m", "dinov2cli", "bench", "eval", "--json", "-q"]
+        record["bench"] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     for entry in entries(given.data.resolve()):
         if given.only and entry["task"] not in given.only.split(","):
             continue
@@ -91,6 +94,7 @@ def main() -> None:
         measured(entry, [floor, trained], given.out / name)
         record["tasks"][name] = outcome(given.out / name, entry, given.data.resolve())
         FILE.write_text(json.dumps(record, indent=1) + "\n")
+    FILE.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def measured(entry: dict, models: list[Path], place: Path) -> None:

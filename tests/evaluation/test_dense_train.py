@@ -279,3 +279,10 @@ def main(folder: Path, data: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+
+
+def test_maps_of_other_views_are_not_taken_for_each_other():
+    """They lie in a cache that commands share: with mirror images there are twice as many."""
+    plain = seeing_of().key()
+    for changes in ({"mirrored": not plain["mirrored"]}, {"norm": not plain["norm"]}, {"blocks": (0,)}):
+        assert seeing_of(**changes).key() != plain, changes

@@ -1,6 +1,7 @@
 """Features that nobody trained, `baseline:pixels` and `baseline:histogram`: what every benchmark must beat to mean
 anything. They take part as any other encoder does, with a vector per image and one per patch."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +53,9 @@ class Baseline(Encoder):
         self.check_image(images)
         return self._describe(images.float())[1]
 
+    @abstractmethod
     def _describe(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors of patches [B, N, D] and of whole images [B, D]."""
-        raise NotImplementedError
 
 
 class PixelBaseline(Baseline):

@@ -1,6 +1,5 @@
 """Depth of whole images by a trained head, its errors, and those of two guesses made without looking at the image."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from dinov2cli.data.source import ImageSource
 from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import InputError
 from dinov2cli.evaluation.dense.maps import Seeing
+from dinov2cli.evaluation.dense.training import digest_of
 from dinov2cli.evaluation.depth.data import Depth, DepthScale, Survey
 from dinov2cli.evaluation.depth.measures import WIDTH, Crop, DepthErrors, errors_of, image_errors
 from dinov2cli.evaluation.depth.training import pixels_of
@@ -52,10 +52,7 @@ class Predictor:
 
     def digest(self) -> str:
         """A hash of the head's numbers."""
-        found = hashlib.sha256()
-        for name, value in sorted(self.head.state_dict().items()):
-            found.update(name.encode() + value.cpu().numpy().tobytes())
-        return found.hexdigest()
+        return digest_of(self.head)
 
 
 def _at(depth: Tensor, height: int, width: int) -> Tensor:

@@ -21,14 +21,15 @@ from dinov2cli.distributed import launched, leave
 from dinov2cli.errors import DinoError
 from dinov2cli.kernels.attention import PLAIN_TOKENS
 from dinov2cli.models.registry import build
+from dinov2cli.train.learner import Learner
 from dinov2cli.train.memory import memory
+from dinov2cli.train.method import SelfDistillation
 from dinov2cli.train.network import SSLModel, build_ssl_model
 from dinov2cli.train.optim import build_optimizer
 from dinov2cli.train.parallel import Parallel, setup
 from dinov2cli.train.schedules import StepValues
 from dinov2cli.train.sharding import local
 from dinov2cli.train.sizes import GLOBAL_CROPS, Batch, Layout, sizes_of
-from dinov2cli.train.ssl import Objective
 from dinov2cli.train.step import Settings, Stepper
 
 
@@ -62,7 +63,7 @@ def measure(job: Job) -> dict[str, Any]:
     before = _peak(parallel)
     model = build_model(case, job.checkpointing)
     student = model.student
-    network = sizes_of(student.backbone, student.dino_head, student.ibot_head)
+    network = sizes_of(student.backbone, student.class_head, student.ibot_head)
     modelled = memory(network, batch_of(case, job, parallel, network.patch), _layout(parallel))
     stepper = stepper_of(model, case, parallel)
     del model, student
@@ -98,17 +99,16 @@ def build_model(case: Case, checkpointing: bool, *, prototypes: int = 0, hidden:
 
 def stepper_of(model: SSLModel, case: Case, parallel: Parallel) -> Stepper:
     """The product's own step over the ranks of `parallel`, with its optimizer."""
-    backbone = model.student.backbone
-    depth, side = backbone.depth, case.global_size // backbone.patch_size
     networks = parallel.spread(model)
+    optimizer = build_optimizer(networks.model.student, depth=networks.model.student.backbone.depth)
     return Stepper(
-        networks,
-        build_optimizer(networks.model.student, depth=depth),
-        Settings(Objective(), seed=case.seed, clip=CLIP),
+        {"": Learner(networks, optimizer, parallel, clip=CLIP)},
+        SelfDistillation(),
+        Settings(seed=case.seed, clip=CLIP),
         augment=Augment(),
         parallel=parallel,
         batch_size=case.batch_size // parallel.world_size,
-        grid=(side, side),
+        global_size=case.global_size,
     )
 
 
@@ -136,7 +136,7 @@ def _time(stepper: Stepper, batch: dict[str, Tensor], steps: int, seed: int) -> 
     seconds, loss = [], float("nan")
     for step in range(steps):
         started = time.perf_counter()
-        result = stepper(batch, values, step, seed=seed)
+        result = stepper(batch, values, step, seed=seed)[""]
         loss = float(result.losses["total"])  # waits for the device
         if stepper.parallel.device.type == "cuda":
             torch.cuda.synchronize(stepper.parallel.device)
@@ -145,10 +145,10 @@ def _time(stepper: Stepper, batch: dict[str, Tensor], steps: int, seed: int) -> 
 
 
 def batch_of(case: Case, job: Job, parallel: Parallel, patch: int) -> Batch:
-    """The batch of one rank as the memory model wants it, for `patch` pixels; masks as `Settings` has them."""
-    settings = Settings(Objective())
+    """The batch of one rank as the memory model wants it, for `patch` pixels; masks as pretraining has them."""
+    method = SelfDistillation()
     patches = (case.global_size // patch) ** 2
-    masked = GLOBAL_CROPS * patches * settings.mask_probability * sum(settings.mask_ratio) / 2
+    masked = GLOBAL_CROPS * patches * method.mask_probability * sum(method.mask_ratio) / 2
     plain = parallel.device.type == "cpu" and parallel.precision == "bf16"
     return Batch(
         images=case.batch_size // parallel.world_size,
@@ -170,7 +170,8 @@ def _layout(parallel: Parallel) -> Layout:
 
 def _state_bytes(stepper: Stepper) -> int:
     """Bytes of this rank's part of weights, gradients, moments and teacher; without Adam's count of steps."""
-    model, moments = stepper.networks.model, stepper.optimizer.state
+    learner = stepper.learners[""]
+    model, moments = learner.model, learner.optimizer.state
     held: list[Tensor] = list(model.teacher.parameters())
     for parameter in model.student.parameters():
         held += [parameter, *([] if parameter.grad is None else [parameter.grad])]

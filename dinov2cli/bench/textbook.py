@@ -39,12 +39,12 @@ def textbook_loss(
     tokens = masked_tokens(masks)
     with torch.no_grad():
         cls, patches = forward(teacher.backbone, global_crops.flatten(0, 1))
-        dino_targets = sinkhorn(head(teacher.dino_head, cls), teacher_temperature).unflatten(0, (2, batch))
+        dino_targets = sinkhorn(head(teacher.class_head, cls), teacher_temperature).unflatten(0, (2, batch))
         ibot_targets = sinkhorn(head(teacher.patch_head, patches.flatten(0, 1)[tokens.indices]), teacher_temperature)
     cls, patches = forward(student.backbone, global_crops.flatten(0, 1), masks, drop_path, generator)
     local_cls, _ = forward(student.backbone, local_crops.flatten(0, 1), None, drop_path, generator)
-    global_logits = head(student.dino_head, cls).unflatten(0, (2, batch))
-    local_logits = head(student.dino_head, local_cls).unflatten(0, (len(local_crops), batch))
+    global_logits = head(student.class_head, cls).unflatten(0, (2, batch))
+    local_logits = head(student.class_head, local_cls).unflatten(0, (len(local_crops), batch))
     pairs = [(global_logits[0], dino_targets[1]), (global_logits[1], dino_targets[0])]
     pairs += [(logits, target) for logits in local_logits for target in dino_targets]
     dino = torch.stack([cross_entropy(logits, target).mean() for logits, target in pairs]).mean()

@@ -16,7 +16,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,32 @@ def set_rng_state(states: dict[str, str], device: torch.device) -> None:
             torch.cuda.set_rng_state(state, device)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as '<parameter name>.<state name>' -> tensor (needs groups with `names`)."""
-    tensors: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}.{key}"] = value
-    return tensors
+Optimizers = Mapping[str, torch.optim.Optimizer]
+"""Optimizers by the name of what they train ("" for one that is alone); their groups hold `names`."""
+
+
+def joined(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Modules as one, whose tensors bear the module's name in front; one named "" as it is."""
+    return modules[""] if "" in modules else nn.ModuleDict(modules)
+
+
+def _optimized(optimizers: Optimizers) -> dict[str, tuple[torch.optim.Optimizer, Tensor]]:
+    """Every parameter and the optimizer it belongs to, by name."""
+    return {
+        f"{owner}.{name}" if owner else name: (optimizer, parameter)
+        for owner, optimizer in optimizers.items()
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+
+
+def optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
+    """The optimizers' state as '<parameter name>.<state name>' -> tensor."""
+    return {
+        f"{name}.{key}": value
+        for name, (optimizer, parameter) in _optimized(optimizers).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def _write(tensors: dict[str, Tensor], path: Path, ranks: Ranks) -> None:
@@ -118,12 +136,12 @@ def _stored_names(path: Path) -> set[str]:
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def tensors_of(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+def tensors_of(student: nn.Module, teacher: nn.Module, optimizers: Optimizers) -> Tensors:
     """What a checkpoint holds, by part and name; shared with the modules, so to be written before the next step."""
     parts = {
         "student": dict(student.state_dict()),
         "teacher": dict(teacher.state_dict()),
-        "optimizer": optimizer_tensors(optimizer),
+        "optimizer": optimizer_tensors(optimizers),
     }
     return {part: {name: t.detach() for name, t in held.items()} for part, held in parts.items() if held}
 
@@ -235,7 +253,7 @@ def load_checkpoint(
     *,
     student: nn.Module,
     teacher: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     ranks: Ranks = ALONE,
 ) -> dict:
     """Load weights and moments in place and return the JSON state (see `read_state`).
@@ -246,11 +264,7 @@ def load_checkpoint(
     state = read_state(path)
     for part, module in (("student", student), ("teacher", teacher)):
         load_module(path / part, module, ranks)
-    parameters = {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
+    parameters = _optimized(optimizers)
     moments: dict[str, Tensor] = {}
     if (path / "optimizer").is_dir():
         for stored in sorted(_stored_names(path / "optimizer")):
@@ -259,7 +273,7 @@ def load_checkpoint(
                 raise InputError(
                     f"{path}: the optimizer state of {name} has no parameter in this run; start again with --overwrite"
                 )
-            parameter = parameters[name]
+            optimizer, parameter = parameters[name]
             # Adam counts steps in a 0-d float32 tensor, which the fused kernel wants on the parameter's device.
             like = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
             moments[stored] = optimizer.state[parameter][key] = like

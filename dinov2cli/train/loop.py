@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dinov2cli.artifacts.run import Journal
 from dinov2cli.distributed import noticing_lost_ranks
@@ -15,29 +16,30 @@ from dinov2cli.errors import DinoError, InputError, Preempted, WorkError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train import checkpoint
 from dinov2cli.train.feed import on_device
-from dinov2cli.train.monitor import Monitor, batch_statistics
-from dinov2cli.train.network import Network, SSLModel, prototypes_of
+from dinov2cli.train.learner import Learner, StepResult
+from dinov2cli.train.method import Method
+from dinov2cli.train.network import Network, SSLModel
 from dinov2cli.train.parallel import Parallel
 from dinov2cli.train.phase import Phase
 from dinov2cli.train.saving import Saver
 from dinov2cli.train.schedules import StepValues
-from dinov2cli.train.sharding import Spread
 from dinov2cli.train.signals import STOPPING, StopRequest
-from dinov2cli.train.step import Augmentation, FirstBatch, Settings, Stepper, StepResult
-from dinov2cli.train.tally import Tally
+from dinov2cli.train.step import Augmentation, FirstBatch, Settings, Stepper
+from dinov2cli.train.tally import Tallies
+from dinov2cli.train.watching import Watching, by_student, own_line
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. `metrics` is the last line of metrics.jsonl written by this process (empty if none), `teacher`
-    the teacher's backbone with all its weights, on the main process only."""
+    """How a run ended. `metrics` is the last line of metrics.jsonl written by this process (empty if none), `averages`
+    the backbones of the students' moving averages with all their weights, by name, on the main process only."""
 
     step: int
     images: int
     seconds: float
     metrics: dict[str, float]
     checkpoint: Path
-    teacher: VisionTransformer | None
+    averages: dict[str, VisionTransformer]
 
 
 class Trainer:
@@ -47,7 +49,8 @@ class Trainer:
         self,
         run: Path,
         *,
-        model: SSLModel,
+        models: Mapping[str, SSLModel],
+        method: Method,
         make_optimizer: Callable[[Network], torch.optim.Optimizer],
         phases: Sequence[Phase],
         settings: Settings,
@@ -60,29 +63,24 @@ class Trainer:
         log_every: int = 10,
         eval_every: int = 0,
         max_bad_steps: int = 5,
-        evaluate: Callable[[VisionTransformer, int], Mapping[str, float]] | None = None,
+        evaluate: Callable[[VisionTransformer, int, str], Mapping[str, float]] | None = None,
         on_first_batch: FirstBatch | None = None,
         on_metrics: Callable[[Mapping[str, float], int], None] | None = None,
         on_message: Callable[[str], None] | None = None,
     ) -> None:
         self.run, self.make_optimizer, self.phases = Path(run), make_optimizer, list(phases)
-        self.settings, self.augment, self.parallel = settings, augment, parallel
+        self.method, self.settings, self.augment, self.parallel = method, settings, augment, parallel
         self.checkpoint_every, self.keep, self.keep_every = checkpoint_every, keep, keep_every
         self.log_every, self.eval_every, self.evaluate = log_every, eval_every, evaluate
         self.max_bad_steps, self.on_first_batch, self.on_metrics = max_bad_steps, on_first_batch, on_metrics
         self.journal = Journal(self.run, on_message, writes=parallel.ranks.main)
-        self.tally = Tally(parallel.device)
+        self.tallies = Tallies(models, parallel.device)
         self.saver = Saver(parallel.ranks, background=save_in_background)
         self.step, self.images, self.elapsed, self._saved = 0, 0, 0.0, -1
         self._last: dict[str, float] = {}
-        self._plain: SSLModel | None = model
-        self.networks: Spread
-        self._enter(0, step=0, elapsed=0.0)
-
-    @property
-    def model(self) -> SSLModel:
-        """Student and teacher, spread over the ranks."""
-        return self.networks.model
+        self.method.place(parallel)
+        self.learners: dict[str, Learner] = {}
+        self._enter(0, step=0, elapsed=0.0, models=models)
 
     @property
     def checkpoints(self) -> Path:
@@ -109,38 +107,50 @@ class Trainer:
             seconds=self.elapsed,
             metrics=dict(self._last),
             checkpoint=self.checkpoints / checkpoint.checkpoint_name(self.step),
-            teacher=self.networks.teacher_backbone(self.parallel.ranks.main),
+            averages=self._averages(),
         )
 
-    def _enter(self, index: int, *, step: int, elapsed: float) -> None:
-        """Make everything that belongs to one phase, which began after `step` updates and `elapsed` seconds."""
+    def _averages(self) -> dict[str, VisionTransformer]:
+        """The students' moving averages, whole, on the main process; all ranks must call."""
+        main = self.parallel.ranks.main
+        found = {name: one.networks.teacher_backbone(main) for name, one in self.learners.items()}
+        return {name: backbone for name, backbone in found.items() if backbone is not None}
+
+    def _enter(self, index: int, *, step: int, elapsed: float, models: Mapping[str, SSLModel] | None = None) -> None:
+        """Make everything that belongs to one phase, which began after `step` updates and `elapsed` seconds; `models`
+        are those that the run begins with."""
         self.index, self.phase = index, self.phases[index]
         self.phase_step, self.phase_elapsed = step, elapsed
-        # Shards cannot change their shape: the model is put together, given its new grid, and spread again.
-        model = self._plain or self.networks.whole()
-        if index > 0:
-            for network in (model.student, model.teacher):
-                network.backbone.set_grid(self.phase.global_size)
-        self.networks, self._plain = self.parallel.spread(model), None
-        backbone, side = self.model.student.backbone, self.phase.global_size // self.model.student.backbone.patch_size
-        # A new grid is a new parameter; the moments of the others start afresh too, under the phase's own warm-up.
-        self.optimizer = self.make_optimizer(self.model.student)
+        # Shards cannot change their shape: a model is put together, given its new grid, and spread again.
+        wholes = dict(models) if models else {name: one.networks.whole() for name, one in self.learners.items()}
+        self.learners.clear()  # their memory is free before as much is taken
+        for name in list(wholes):
+            self.learners[name] = self._learner(wholes.pop(name), index > 0)
         self.stepper = Stepper(
-            self.networks,
-            self.optimizer,
+            self.learners,
+            self.method,
             self.settings,
             augment=self.augment,
             parallel=self.parallel,
             batch_size=self.phase.batch_size,
-            grid=(side, side),
+            global_size=self.phase.global_size,
         )
-        rows = 2 * self.phase.batch_size // self.settings.accumulate
-        self.monitor = Monitor(
-            rank_limit=min(rows, backbone.embed_dim),
+        self.watching = Watching(
+            self.learners,
+            rows=2 * self.phase.batch_size // self.settings.accumulate,
             clip=self.settings.clip,
             quiet_until=2 * self.phase.schedules.warmup,
-            target_limit=min(rows, prototypes_of(self.model.student.dino_head)),
+            frozen_teacher=self.method.frozen_teacher,
         )
+
+    def _learner(self, model: SSLModel, regrid: bool) -> Learner:
+        if regrid:
+            for network in (model.student, model.teacher):
+                network.backbone.set_grid(self.phase.global_size)
+        networks = self.parallel.spread(model)
+        # A new grid is a new parameter; the moments of the others start afresh too, under the phase's own warm-up.
+        optimizer = self.make_optimizer(networks.model.student)
+        return Learner(networks, optimizer, self.parallel, clip=self.settings.clip, graphs=self.settings.graphs)
 
     def _run_phase(self, stop: StopRequest) -> None:
         total = self._phase_total()
@@ -159,19 +169,19 @@ class Trainer:
             batch = next(batches)
             waited = time.perf_counter() - waiting
             values = self.phase.schedules.at(done, total)
-            result = self.stepper(batch, values, self.step, seed=self.phase.seed, told=self.on_first_batch)
+            results = self.stepper(batch, values, self.step, seed=self.phase.seed, told=self.on_first_batch)
             self.on_first_batch = None
             self.step, images = self.step + 1, self.phase.batch_size * self.parallel.world_size
             self.images += images
-            self.tally.add(result.losses, result.skipped, images)
-            self.tally.time(time.perf_counter() - waiting, waited)
+            self.tallies.add(results, images)
+            self.tallies.time(time.perf_counter() - waiting, waited)
             self.elapsed = time.monotonic() - started
             if not self.phase.length.fixed:
                 self.elapsed = self.parallel.agree(self.elapsed)
             total, done = self._phase_total(), done + 1
             if self.parallel.device.type == "cpu":  # elsewhere looking would make the device wait
                 self._check_skips()
-            self._report(result, values, done, total)
+            self._report(results, values, done, total)
             if done == total or (self.checkpoint_every and self.step % self.checkpoint_every == 0):
                 self._save()
             signal = int(self.parallel.agree(stop.code))
@@ -181,13 +191,14 @@ class Trainer:
     def _check_skips(self) -> None:
         """Raise WorkError after too many steps in a row whose loss or gradient was not finite."""
         waiting = time.perf_counter()
-        run = int(self.tally.longest_run)  # waits for the device, which is part of the step
-        self.tally.time(time.perf_counter() - waiting, 0.0)
+        name, run = self.tallies.longest_run()  # waits for the device, which is part of the step
+        self.tallies.time(time.perf_counter() - waiting, 0.0)
         if run < self.max_bad_steps:
             return
         kept = checkpoint.latest_checkpoint(self.checkpoints)
         text = (
-            f"{self.run}: the loss or its gradient was not finite in {run} steps in a row, the last seen at step "
+            f"{self.run}: the loss {f'of {name} ' if name else ''}or its gradient was not finite in {run} steps in a "
+            f"row, the last seen at step "
             f"{self.step}; expected numbers; the last sound checkpoint is {kept.name if kept else 'none'}; "
             "start again with --overwrite or another -o, "
             "and a lower optim.lr, a longer optim.warmup or train.precision fp32"
@@ -195,27 +206,32 @@ class Trainer:
         self.journal.log(text)
         raise _of_all(WorkError(text))
 
-    def _report(self, result: StepResult, values: StepValues, done: int, total: int) -> None:
+    def _report(self, results: Mapping[str, StepResult], values: StepValues, done: int, total: int) -> None:
         """Write a line of metrics where one is due, and what the monitor has to say about it."""
         evaluating = self.evaluate is not None and self.eval_every > 0 and self.step % self.eval_every == 0
         if not (evaluating or self.step == 1 or done == total or self.step % self.log_every == 0):
             return
         self._check_skips()
         all_steps = self._all_steps(total)
-        line = self._line(result, values) | {"seconds": self.elapsed, "total_steps": all_steps}
-        if skipped := self.tally.skipped():
-            self.journal.log(
-                f"step {self.step}: {skipped} of the last steps skipped, loss or gradient was not finite; "
-                f"the run stops at {self.max_bad_steps} in a row; if it stays so, lower optim.lr"
-            )
-        self.tally.reset()
+        own = {name: own_line(result, self.tallies[name]) for name, result in results.items()}
+        for name in self.learners:
+            if skipped := self.tallies[name].skipped():
+                self.journal.log(
+                    f"step {self.step}: {f'{name}: ' if name else ''}{skipped} of the last steps skipped, loss or "
+                    f"gradient was not finite; the run stops at {self.max_bad_steps} in a row; if it stays so, lower "
+                    "optim.lr"
+                )
+        speed = self.tallies.speed()
+        self.tallies.reset()
         if evaluating and self.evaluate is not None:
-            backbone = self.networks.teacher_backbone(self.parallel.ranks.main)
-            if backbone is not None:
-                line |= {f"eval/{k}": float(v) for k, v in self.evaluate(backbone, self.step).items()}
+            for name, backbone in self._averages().items():
+                found = self.evaluate(backbone, self.step, name)
+                own[name] |= {f"eval/{key}": float(value) for key, value in found.items()}
             self.parallel.ranks.wait()  # on the host: a GPU's group has less patience
+        line = self._common_line(values) | by_student(own) | speed
+        line |= {"seconds": self.elapsed, "total_steps": all_steps}
         self.journal.metrics(line)
-        for finding in self.monitor.changes(line, done / total):
+        for finding in self.watching.changes(own, done / total):
             self.journal.log(f"step {self.step}: {finding}")
         self._last = line
         if self.on_metrics:
@@ -226,26 +242,16 @@ class Trainer:
         later = (phase.length.total for phase in self.phases[self.index + 1 :])
         return self.phase_step + total + sum(1000 if steps is None else steps for steps in later)
 
-    def _line(self, result: StepResult, values: StepValues) -> dict[str, float]:
-        norms, views = result.norms, result.views
-        line: dict[str, float] = {"step": self.step, "images": self.images}
-        line |= {f"loss/{name}": value for name, value in self.tally.losses().items()}
-        line |= {"lr": values.lr, "grad_norm": float(norms["all"])} | self.tally.speed()
-        line |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items() if name != "all"}
+    def _common_line(self, values: StepValues) -> dict[str, float]:
+        """What all students have in common."""
+        line: dict[str, float] = {"step": self.step, "images": self.images, "lr": values.lr}
         line |= {
             "weight_decay": values.weight_decay,
             "momentum": values.momentum,
             "teacher_temperature": values.teacher_temperature,
-            "skipped": self.tally.skipped(),
         }
         if len(self.phases) > 1:
             line |= {"phase": self.index + 1, "global_size": self.phase.global_size}
-        if not bool(result.skipped):
-            line |= batch_statistics(
-                class_tokens=views.teacher_tokens.flatten(0, 1),
-                student_tokens=views.student_tokens[0],
-                targets=views.targets.rows(0, views.targets.shape[0]),
-            )
         if self.parallel.device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated(self.parallel.device) / 2**30
         return line
@@ -262,15 +268,31 @@ class Trainer:
             "length": self.phase.length.state_dict(),
             "sampler": self.phase.loader.state_dict(),
             "rng": checkpoint.rng_state(self.parallel.device),
-            "scaler": self.stepper.scaler.state_dict(),
-            "tally": self.tally.state_dict(),
+            **self._own_states(),
             "batch_size": self.phase.batch_size,
             "world_size": self.parallel.world_size,
             "precision": self.parallel.precision,
         }
-        tensors = checkpoint.tensors_of(self.model.student, self.model.teacher_side(), self.optimizer)
+        self.method.flush()
+        tensors = checkpoint.tensors_of(*self._parts())
         self.saver.save(self.checkpoints, self.step, tensors, state=state, keep=self.keep, keep_every=self.keep_every)
         self._saved = self.step
+
+    def _parts(self) -> tuple[nn.Module, nn.Module, dict[str, torch.optim.Optimizer]]:
+        """What a checkpoint holds: of a student that is alone without its name."""
+        return (
+            checkpoint.joined({name: one.model.student for name, one in self.learners.items()}),
+            checkpoint.joined({name: one.model.teacher_side() for name, one in self.learners.items()}),
+            {name: one.optimizer for name, one in self.learners.items()},
+        )
+
+    def _own_states(self) -> dict[str, Any]:
+        """What the state of a checkpoint holds of each student; of one that is alone without its name."""
+        states = {
+            name: {"scaler": one.scaler.state_dict(), "tally": self.tallies[name].state_dict()}
+            for name, one in self.learners.items()
+        }
+        return states.get("", {"students": states})
 
     def _resume(self) -> None:
         ranks = self.parallel.ranks
@@ -286,20 +308,16 @@ class Trainer:
         for index in range(1, phase["index"] + 1):
             self._enter(index, step=phase["step"], elapsed=phase["elapsed"])
         self.phase_step, self.phase_elapsed = int(phase["step"]), float(phase["elapsed"])
-        checkpoint.load_checkpoint(
-            found,
-            student=self.model.student,
-            teacher=self.model.teacher_side(),
-            optimizer=self.optimizer,
-            ranks=ranks,
-        )
+        student, average, optimizers = self._parts()
+        checkpoint.load_checkpoint(found, student=student, teacher=average, optimizers=optimizers, ranks=ranks)
         self.step = self._saved = int(state["step"])
         self.images, self.elapsed = int(state["images"]), float(state["elapsed"])
         self.phase.length.load_state_dict(state["length"])
         self.phase.loader.load_state_dict(state["sampler"])
-        if state["scaler"]:  # empty in any precision but fp16, which a run may have changed to
-            self.stepper.scaler.load_state_dict(state["scaler"])
-        self.tally.load_state_dict(state["tally"])
+        for name, own in state.get("students", {"": state}).items():
+            if own["scaler"]:  # empty in any precision but fp16, which a run may have changed to
+                self.learners[name].scaler.load_state_dict(own["scaler"])
+            self.tallies[name].load_state_dict(own["tally"])
         checkpoint.set_rng_state(state["rng"], self.parallel.device)
         self.journal.rewind(self.step)
         self.journal.log(f"continuing from {found.name}")
@@ -333,12 +351,13 @@ def _of_all(error: DinoError) -> DinoError:
 def train(run: Path, **arguments: Any) -> TrainResult:
     """Train in the run directory `run`, going on from its newest complete checkpoint.
 
-    Keyword arguments (see `Trainer`): `model`, `make_optimizer(student)` (called at the start of each phase), `phases`
-    (each with its own schedules, length, loader and crop size; the position grid is interpolated between them),
-    `settings` and `augment` of every step, `parallel`, `checkpoint_every`, `keep` and `keep_every`,
-    `save_in_background` (the step goes on while a copy is written), `log_every`,
-    `eval_every` in steps (0 = never), `max_bad_steps` in a row, `evaluate(teacher backbone, step) -> metrics` and the
-    callbacks `on_first_batch`, `on_metrics(line, total steps)` and `on_message(text)`.
+    Keyword arguments (see `Trainer`): `models` by the student's name ("" for one that is alone), the `method` they are
+    trained by, `make_optimizer(student)` (called at the start of each phase), `phases` (each with its own schedules,
+    length, loader and crop size; the position grid is interpolated between them), `settings` and `augment` of every
+    step, `parallel`, `checkpoint_every`, `keep` and `keep_every`, `save_in_background` (the step goes on while a copy
+    is written), `log_every`, `eval_every` in steps (0 = never), `max_bad_steps` in a row, `evaluate(backbone of the
+    moving average, step, name) -> metrics` and the callbacks `on_first_batch`, `on_metrics(line, total steps)` and
+    `on_message(text)`.
 
     Raises Preempted after SIGTERM or SIGUSR1 and KeyboardInterrupt after Ctrl-C, both after saving; WorkError when the
     loss stays not finite, the disk refuses or another rank is gone; InputError when a checkpoint belongs to another

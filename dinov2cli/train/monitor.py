@@ -54,15 +54,16 @@ def prototype_use(targets: Tensor) -> float:
     return winners / min(targets.shape)
 
 
-def batch_statistics(*, class_tokens: Tensor, student_tokens: Tensor, targets: Tensor) -> dict[str, float]:
+def batch_statistics(*, class_tokens: Tensor, student_tokens: Tensor, targets: Tensor | None) -> dict[str, float]:
     """All figures of one step, by metric name.
 
-    `class_tokens` [n, D] of the teacher over both global crops, `student_tokens` [B, D] of the student on the first
-    global crop, `targets` [n, K] of the DINO head.
+    `class_tokens` [n, D] of the teacher (a frozen one: of the student) over both global crops, `student_tokens` [B, D]
+    of the student on the first global crop, `targets` [n, K] of the DINO head, None where there is none.
     """
-    return {
-        "target_entropy": target_entropy(targets),
-        "prototype_use": prototype_use(targets),
+    of_targets = (
+        {} if targets is None else {"target_entropy": target_entropy(targets), "prototype_use": prototype_use(targets)}
+    )
+    return of_targets | {
         "rankme": rankme(class_tokens),
         "feature_std": feature_std(class_tokens),
         "koleo_distance": nearest_distance(student_tokens),
@@ -75,7 +76,8 @@ _FEW_DIRECTIONS = 2.0  # below it one direction says nearly all, however small t
 @dataclass
 class Monitor:
     """Turns the figures into findings. `rank_limit` = min(rows, D) of the class tokens, `clip` the gradient clip,
-    `target_limit` the most prototypes that could win, min(rows, K) of the DINO targets (0: not known).
+    `target_limit` the most prototypes that could win, min(rows, K) of the DINO targets (0: not known). With a
+    `frozen_teacher` the class tokens are the student's.
 
     Nothing is said before `quiet_until` (a fraction of the run): at random initialisation class tokens are nearly
     alike and targets nearly uniform without anything being wrong.
@@ -85,6 +87,7 @@ class Monitor:
     clip: float | None = None
     quiet_until: float = 0.2
     target_limit: int = 0
+    frozen_teacher: bool = False
     _current: dict[str, str] = field(default_factory=dict)
 
     def findings(self, metrics: Mapping[str, float], progress: float) -> dict[str, str]:
@@ -96,7 +99,8 @@ class Monitor:
         if std < 0.1:
             found["collapse"] = (
                 f"class tokens of different images are nearly the same (feature std {std:.3f}, 1 is even): "
-                "the features have collapsed; lower optim.lr or raise teacher.momentum"
+                "the features have collapsed; lower optim.lr or "
+                + ("look at the teacher's features" if self.frozen_teacher else "raise teacher.momentum")
             )
         elif rank < max(0.05 * self.rank_limit, _FEW_DIRECTIONS):
             found["rank"] = (
@@ -108,7 +112,7 @@ class Monitor:
                 f"nearest class tokens almost touch (distance {metrics['koleo_distance']:.3f}): "
                 "raise loss.koleo_weight, or remove duplicates with dinov2 dedup"
             )
-        entropy, use = metrics["target_entropy"], metrics["prototype_use"]
+        entropy, use = metrics.get("target_entropy", 0.9), metrics.get("prototype_use", 1.0)  # without: nothing wrong
         if entropy > 0.98:
             found["uniform"] = (
                 f"teacher targets are nearly uniform (entropy {entropy:.3f} of 1): they teach nothing; "

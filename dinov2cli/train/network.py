@@ -16,18 +16,29 @@ CENTERINGS = ("sinkhorn", "softmax", "none")
 
 
 class Network(nn.Module):
-    """A backbone with its projection heads. Tied: `ibot_head` is None and the DINO head serves patches too."""
+    """A backbone with its projection heads. Tied: `ibot_head` is None and the DINO head serves patches too.
+
+    Where no loss needs them (forms of distillation), both are None.
+    """
 
     def __init__(
-        self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead | None
+        self,
+        backbone: VisionTransformer,
+        dino_head: ProjectionHead | None = None,
+        ibot_head: ProjectionHead | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
 
     @property
+    def class_head(self) -> ProjectionHead:
+        """The head for class tokens. Raises ValueError where there is none."""
+        return _there(self.dino_head)
+
+    @property
     def patch_head(self) -> ProjectionHead:
-        """The head for masked patches: the iBOT head, or the DINO head when tied."""
-        return self.dino_head if self.ibot_head is None else self.ibot_head
+        """The head for patches: the iBOT head, or the DINO head when tied. Raises ValueError where there is none."""
+        return _there(self.dino_head if self.ibot_head is None else self.ibot_head)
 
     def forward(self, *arguments: Any, **named: Any) -> tuple[dict[str, Tensor], Tensor]:
         """The student's whole pass, `student_terms`, as the one call that DDP and FSDP2 hook into."""
@@ -38,7 +49,7 @@ class Network(nn.Module):
         [G * B, K], and the logits [M, K] of the patches `indices` [M] among all [G * B * N]."""
         # forward_crops as in the student's pass: FSDP2 gathers the weights of what its hooks are on.
         (tokens,) = self.backbone.forward_crops([global_crops])
-        return tokens.cls, self.dino_head(tokens.cls), self.patch_head(tokens.patches.flatten(0, 1)[indices])
+        return tokens.cls, self.class_head(tokens.cls), self.patch_head(tokens.patches.flatten(0, 1)[indices])
 
 
 class SSLModel(nn.Module):
@@ -55,7 +66,7 @@ class SSLModel(nn.Module):
         if centering != "sinkhorn":
             # A centre with momentum 1 stays at zero: plain softmax, which collapses sooner or later.
             center_momentum = center_momentum if centering == "softmax" else 1.0
-            self.dino_center = SoftmaxCenter(prototypes_of(student.dino_head), center_momentum)
+            self.dino_center = SoftmaxCenter(prototypes_of(student.class_head), center_momentum)
             self.ibot_center = SoftmaxCenter(prototypes_of(student.patch_head), center_momentum)
         self.train()
 
@@ -78,6 +89,12 @@ def prototypes_of(head: ProjectionHead) -> int:
     return head.last_layer.weight_v.shape[0]
 
 
+def _there(head: ProjectionHead | None) -> ProjectionHead:
+    if head is None:
+        raise ValueError("this network has no such head")
+    return head
+
+
 def build_ssl_model(
     backbone: VisionTransformer,
     *,
@@ -97,6 +114,38 @@ def build_ssl_model(
     Heads are drawn from `seed` alone. `untied` gives iBOT a head of its own, like DINO's but for what `ibot_…` say.
     Raises UserError for an unknown centring or head sizes below 1.
     """
+    heads = build_heads(
+        backbone.embed_dim,
+        prototypes=prototypes,
+        hidden=hidden,
+        bottleneck=bottleneck,
+        layers=layers,
+        untied=untied,
+        ibot_prototypes=ibot_prototypes,
+        ibot_bottleneck=ibot_bottleneck,
+        freeze_gain=freeze_gain,
+        seed=seed,
+    )
+    return SSLModel(Network(backbone, *heads), centering=centering)
+
+
+def build_heads(
+    in_dim: int,
+    *,
+    prototypes: int,
+    hidden: int = 2048,
+    bottleneck: int = 256,
+    layers: int = 3,
+    untied: bool = True,
+    ibot_prototypes: int | None = None,
+    ibot_bottleneck: int | None = None,
+    freeze_gain: bool = False,
+    seed: int = 0,
+) -> tuple[ProjectionHead, ProjectionHead | None]:
+    """DINO and (untied) iBOT head on tokens of width `in_dim`, drawn from `seed` alone.
+
+    Raises UserError for sizes below 1.
+    """
     sizes = {"prototypes": prototypes, "hidden": hidden, "bottleneck": bottleneck, "layers": layers}
     for name, size in sizes.items():
         if size < 1:
@@ -105,7 +154,7 @@ def build_ssl_model(
 
     def head(size: int, bottleneck: int) -> ProjectionHead:
         return ProjectionHead(
-            backbone.embed_dim,
+            in_dim,
             size,
             hidden=hidden,
             bottleneck=bottleneck,
@@ -115,5 +164,4 @@ def build_ssl_model(
         )
 
     dino_head = head(prototypes, bottleneck)
-    ibot_head = head(ibot_prototypes or prototypes, ibot_bottleneck or bottleneck) if untied else None
-    return SSLModel(Network(backbone, dino_head, ibot_head), centering=centering)
+    return dino_head, head(ibot_prototypes or prototypes, ibot_bottleneck or bottleneck) if untied else None

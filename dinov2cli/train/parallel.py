@@ -19,7 +19,8 @@ from dinov2cli.device import PRECISIONS, autocast, choose_device, choose_precisi
 from dinov2cli.distributed import ALONE, Ranks, join, launched, process_group
 from dinov2cli.errors import UserError
 from dinov2cli.train.network import SSLModel
-from dinov2cli.train.sharding import Sharding, Spread, spread
+from dinov2cli.train.sharding import Sharding, Spread, spread, spread_frozen
+from dinov2cli.train.teacher import FrozenTeacher
 
 _NODE = 8  # ranks of a machine, where a launch is only planned
 PATIENCE = timedelta(minutes=30)
@@ -62,6 +63,13 @@ class Parallel:
         """Put the model on the device and spread it over the ranks. Raises WorkError as `sharding.spread` does."""
         dtype = PRECISIONS[self.precision]
         return spread(model, self.sharding, device=self.device, dtype=dtype, mesh=self.mesh)
+
+    def spread_frozen(self, teacher: FrozenTeacher, precision: str) -> None:
+        """Put a frozen teacher that computes in `precision` on the device, or its shards on the ranks.
+
+        Raises WorkError as `sharding.spread_frozen` does.
+        """
+        spread_frozen(teacher, self.sharding, device=self.device, dtype=PRECISIONS[precision], mesh=self.mesh)
 
     def same_start(self, model: SSLModel) -> None:
         """Give every rank the main one's weights: what was computed from images may differ in the last bit.

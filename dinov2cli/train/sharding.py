@@ -7,7 +7,7 @@ the heads and the few parameters outside the blocks are gathered and reduced in 
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dinov2cli.errors import WorkError
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train.network import Network, SSLModel
+from dinov2cli.train.teacher import FrozenTeacher
 
 M = TypeVar("M", bound=nn.Module)
 Kind = Literal["none", "ddp", "fsdp", "hybrid"]
@@ -125,7 +126,45 @@ def spread(
     return Spread(model, model.student, device, blueprint)
 
 
-def _shard(network: Network, sharding: Sharding, dtype: torch.dtype | None, mesh: DeviceMesh, *, trained: bool) -> None:
+def spread_frozen(
+    teacher: FrozenTeacher,
+    sharding: Sharding,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    mesh: DeviceMesh | None,
+) -> None:
+    """Put a frozen teacher on `device`: a copy on every rank, or where weights are sharded its shards.
+
+    Raises WorkError if FSDP2 was asked for and a parameter is not sharded afterwards.
+    """
+    if not sharding.sharded:
+        teacher.to(device)
+        return
+    assert mesh is not None
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    wrap, for_blocks, for_others = _wrapper(replace(sharding, reshard_after_forward=True), dtype, mesh)
+    ours = isinstance(teacher.network, VisionTransformer)
+    for block in teacher.network.blocks if isinstance(teacher.network, VisionTransformer) else ():
+        wrap(block, for_blocks)
+    for head in (teacher.dino_head, teacher.ibot_head):
+        if head is not None:
+            wrap(head, for_others)
+    if ours:
+        wrap(teacher.network, for_others)
+        register_fsdp_forward_method(teacher.network, "forward_crops")
+    wrap(teacher, for_others)
+    for name in ("tokens", "logits"):
+        register_fsdp_forward_method(teacher, name)
+    for buffer in teacher.buffers():
+        buffer.data = buffer.data.to(device)
+    check_sharded(teacher, mesh)
+
+
+def _wrapper(
+    sharding: Sharding, dtype: torch.dtype | None, mesh: DeviceMesh
+) -> tuple[Callable[..., None], MixedPrecisionPolicy, MixedPrecisionPolicy]:
+    """`wrap(module, policy)` that shards one module, and the policies for blocks and for all else."""
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if sharding.offload else OffloadPolicy()
     # Inputs keep their type: the residual stream is float32 under autocast in one process, and so it is here.
     for_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, cast_forward_inputs=False)
@@ -147,6 +186,11 @@ def _shard(network: Network, sharding: Sharding, dtype: torch.dtype | None, mesh
             offload_policy=offload,
         )
 
+    return wrap, for_blocks, for_others
+
+
+def _shard(network: Network, sharding: Sharding, dtype: torch.dtype | None, mesh: DeviceMesh, *, trained: bool) -> None:
+    wrap, for_blocks, for_others = _wrapper(sharding, dtype, mesh)
     for block in network.backbone.blocks:
         wrap(block, for_blocks)
     for head in (network.dino_head, network.ibot_head):
@@ -156,10 +200,12 @@ def _shard(network: Network, sharding: Sharding, dtype: torch.dtype | None, mesh
     wrap(network.backbone, for_others)
     wrap(network, for_others)
     register_fsdp_forward_method(network.backbone, "forward_crops")
-    register_fsdp_forward_method(network, "class_and_patches")
+    for name in ("class_and_patches", "logits"):
+        if hasattr(network, name):
+            register_fsdp_forward_method(network, name)
 
 
-def check_sharded(model: SSLModel, mesh: DeviceMesh) -> None:
+def check_sharded(model: nn.Module, mesh: DeviceMesh) -> None:
     """Raise WorkError unless every parameter is a shard over `mesh`, that is, FSDP asked for is in force."""
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor) or parameter.device_mesh != mesh:

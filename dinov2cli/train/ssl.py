@@ -20,6 +20,7 @@ from dinov2cli.models.depth import Share
 from dinov2cli.models.vit import VisionTransformer
 
 if TYPE_CHECKING:
+    from dinov2cli.losses.center import SoftmaxCenter
     from dinov2cli.train.network import Network, SSLModel
 
 Scope = Literal["global", "rank"]
@@ -41,13 +42,18 @@ class Objective:
 
 @dataclass(frozen=True)
 class SSLStep:
-    """Losses of one batch and what the monitor looks at. `terms` are weighted already: `total` is their sum."""
+    """Losses of one batch and what the monitor looks at. `terms` are weighted already: `total` is their sum.
+
+    student_tokens [G, B, D] are the student's class tokens of the global crops, watched_tokens [G, B, D] those that are
+    watched for collapse: the teacher's, or where that is frozen the student's. targets: of the class tokens, None in
+    forms of distillation without prototypes.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
-    teacher_tokens: Tensor
+    watched_tokens: Tensor
     student_tokens: Tensor
-    targets: RowTargets
+    targets: RowTargets | None
 
 
 @dataclass
@@ -79,16 +85,26 @@ def teacher_targets(
     """
     crops, batch = global_crops.shape[:2]
     cls, class_logits, patch_logits = model.teacher.class_and_patches(global_crops.flatten(0, 1), indices)
-    if torch.is_autocast_enabled(global_crops.device.type):
-        # They live through the student's forward pass. fp16, not bf16: near 1 it is eight times as fine.
-        class_logits, patch_logits = class_logits.half(), patch_logits.half()
-    if model.dino_center is not None and model.ibot_center is not None:
-        dino = model.dino_center(class_logits, temperature, group=group)
-        ibot = model.ibot_center(patch_logits, temperature, group=group)
-    else:
-        dino = sinkhorn_scalings(class_logits, temperature, iterations=iterations, group=group)
-        ibot = sinkhorn_scalings(patch_logits, temperature, iterations=iterations, group=group)
+    dino = spread_targets(class_logits, model.dino_center, temperature, iterations, group)
+    ibot = spread_targets(patch_logits, model.ibot_center, temperature, iterations, group)
     return TeacherTargets(cls.unflatten(0, (crops, batch)), dino, ibot)
+
+
+def spread_targets(
+    logits: Tensor,
+    center: "SoftmaxCenter | None",
+    temperature: float,
+    iterations: int,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> RowTargets:
+    """Targets of a teacher's logits [M, K]: by Sinkhorn-Knopp, or by the softmax around a running `center`."""
+    if torch.is_autocast_enabled(logits.device.type):
+        # They live through the student's forward pass. fp16, not bf16: near 1 it is eight times as fine.
+        logits = logits.half()
+    if center is not None:
+        targets: RowTargets = center(logits, temperature, group=group)
+        return targets
+    return sinkhorn_scalings(logits, temperature, iterations=iterations, group=group)
 
 
 class StudentViews(NamedTuple):
@@ -148,7 +164,7 @@ def loss_terms(
     targets.ibot = None
     del patch_logits
     tokens = views.global_tokens if views.local_tokens is None else torch.cat([views.global_tokens, views.local_tokens])
-    dino = dino_loss(student.dino_head(tokens), targets.dino, n_global=crops, temperature=temperature)
+    dino = dino_loss(student.class_head(tokens), targets.dino, n_global=crops, temperature=temperature)
     return {
         "dino_local": objective.dino_weight * dino.dino_local,
         "dino_global": objective.dino_weight * dino.dino_global,
@@ -218,7 +234,7 @@ def ssl_losses(
     return SSLStep(
         total=torch.stack(list(terms.values())).sum(),
         terms={name: term.detach() for name, term in terms.items()},
-        teacher_tokens=targets.tokens,
+        watched_tokens=targets.tokens,
         student_tokens=student_tokens,
         targets=targets.dino,
     )

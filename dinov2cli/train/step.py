@@ -1,12 +1,11 @@
-"""One optimisation step: augment, mask, losses, backward, clip, AdamW, EMA.
+"""One optimisation step: augment, choose patches, losses, backward, and what follows in every student.
 
 Everything random is keyed on (seed, step), so a resumed run repeats an uninterrupted one bit for bit on the CPU, and on
-the place of an image in the batch of all ranks, so the same batch over more ranks gives the same loss. A step
-whose loss or gradient is not finite leaves the student and its moments as they were.
+the place of an image in the batch of all ranks, so the same batch over more ranks gives the same loss. It does not
+depend on which other students learn from the same teacher.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,16 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2cli.data.masks import make_masks
 from dinov2cli.errors import UserError
 from dinov2cli.models.depth import Share
-from dinov2cli.train.ema import ema_update, pair_parameters
-from dinov2cli.train.graphs import BlockGraphs
-from dinov2cli.train.optim import apply_schedule, clip_gradients
+from dinov2cli.train.learner import Learner, StepResult
+from dinov2cli.train.method import Company, Crops, Method
 from dinov2cli.train.parallel import Parallel
 from dinov2cli.train.schedules import StepValues
-from dinov2cli.train.sharding import Spread
-from dinov2cli.train.ssl import Objective, Scope, SSLStep, ssl_losses
+from dinov2cli.train.ssl import Scope, SSLStep
 
 _MASKS, _DEPTH = (1 << 63) + 1, (1 << 63) + 2
 
@@ -37,7 +33,8 @@ class Augmentation(Protocol):
 
 
 FirstBatch = Callable[[Tensor, Tensor | None, Tensor], None]
-"""Told of the first batch trained on: augmented crops [2, B, 3, S, S], [L, B, 3, s, s] or None, masks [2 * B, N]."""
+"""Told of the first batch trained on: augmented crops [2, B, 3, S, S], [L, B, 3, s, s] or None, and the patches that
+the (first) student does not see, bool [2 * B, N]."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +47,11 @@ class Settings:
     graphs (see `check_graphs` for where that works).
     """
 
-    objective: Objective
     seed: int = 0
-    mask_probability: float = 0.5
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
     clip: float | None = 3.0
     accumulate: int = 1
     depth_scope: Scope = "global"
     graphs: bool = False
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Mean losses of all ranks by name with their `total`, gradient norms, the features of this rank's last part, and
-    whether the step was skipped."""
-
-    losses: dict[str, Tensor]
-    norms: dict[str, Tensor]
-    views: SSLStep
-    skipped: Tensor
 
 
 def step_rng(seed: int, step: int, purpose: int) -> np.random.Generator:
@@ -79,43 +62,41 @@ def step_rng(seed: int, step: int, purpose: int) -> np.random.Generator:
 
 
 class Stepper:
-    """Makes the steps of one phase. `batch_size` images per rank, global crops of `grid` patches.
+    """Makes the steps of one phase: `batch_size` images per rank, global crops of `global_size` pixels.
 
-    Raises UserError if the batch cannot be split evenly into `settings.accumulate` parts of two or more.
+    `learners` by name. Raises UserError if the batch cannot be split evenly into `settings.accumulate` parts of two or
+    more.
     """
 
     def __init__(
         self,
-        networks: Spread,
-        optimizer: torch.optim.Optimizer,
+        learners: Mapping[str, Learner],
+        method: Method,
         settings: Settings,
         *,
         augment: Augmentation,
         parallel: Parallel,
         batch_size: int,
-        grid: tuple[int, int],
+        global_size: int,
     ) -> None:
         if batch_size % settings.accumulate or (settings.accumulate > 1 and batch_size < 2 * settings.accumulate):
             raise UserError(
                 f"train.accumulate: found {settings.accumulate} parts of {batch_size} images; "
                 "expected a divisor of data.batch_size that leaves 2 images or more"
             )
-        self.networks, self.optimizer, self.settings = networks, optimizer, settings
-        self.augment, self.parallel, self.batch_size, self.grid = augment, parallel, batch_size, grid
-        self.scaler = parallel.grad_scaler()
-        model = networks.model
-        self.graphs = BlockGraphs([model.student.backbone, model.teacher.backbone]) if settings.graphs else None
-        self.averaged = pair_parameters(model.teacher, model.student)
-        self.clipped = {name: list(part.parameters()) for name, part in model.student.named_children()}
+        self.learners, self.method, self.settings = dict(learners), method, settings
+        self.augment, self.parallel, self.batch_size = augment, parallel, batch_size
+        sides = {name: global_size // one.model.student.backbone.patch_size for name, one in self.learners.items()}
+        self.grids = {name: (side, side) for name, side in sides.items()}
         everyone = batch_size * parallel.world_size
         own = range(parallel.rank * batch_size, (parallel.rank + 1) * batch_size)
-        self._home = optimizer.param_groups[0]["params"][0].device
         self.own_crops = [crop * everyone + image for crop in range(2) for image in own]
 
     def __call__(
         self, batch: Mapping[str, Any], values: StepValues, step: int, *, seed: int, told: FirstBatch | None = None
-    ) -> StepResult:
-        """Train on `batch` (uint8 crops, see BatchSource). `seed` is the phase's; `told` sees the augmented crops."""
+    ) -> dict[str, StepResult]:
+        """Train on `batch` (uint8 crops, see BatchSource): what became of each student. `seed` is the phase's; `told`
+        sees the augmented crops."""
         device = self.parallel.device
         crops = self.augment(
             batch["global_crops"].to(device),
@@ -124,69 +105,56 @@ class Stepper:
             epoch=batch["epoch"],
             sample=batch["index"],
         )
-        masks = make_masks(
-            2 * self.batch_size * self.parallel.world_size,
-            self.grid,
-            rng=step_rng(self.settings.seed, step, _MASKS),
-            probability=self.settings.mask_probability,
-            ratio_min=self.settings.mask_ratio[0],
-            ratio_max=self.settings.mask_ratio[1],
-            wanted=self.own_crops,
-        )
+        chosen = {grid: self._chosen(grid, step) for grid in dict.fromkeys(self.grids.values())}
         if told is not None:
-            told(crops[0], crops[1] if len(crops[1]) else None, masks)
-        apply_schedule(self.optimizer, values)
-        self.optimizer.zero_grad(set_to_none=True)
-        views, losses = self._backward(*crops, masks, values, step)
-        self.scaler.unscale_(self.optimizer)
-        norms = clip_gradients(self.clipped, self.settings.clip)
-        skipped, overflow = ~torch.isfinite(losses["total"]), ~torch.isfinite(norms["all"])
-        if self.scaler.is_enabled():
-            # The scaler looks for itself and lowers its scale; once that is 1, the scale is not to blame any more.
-            skipped = skipped | (overflow & bool(self.scaler.get_scale() <= 1))
-        else:
-            skipped = skipped | overflow
-            # Fused AdamW leaves weights and moments alone where this is 1, without the host having to look.
-            # (Where weights are: with CPU offload that is not where the losses are.)
-            self.optimizer.found_inf = skipped.float().to(self._home)  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        ema_update(*self.averaged, values.momentum)
-        return StepResult(losses, norms, views, skipped)
+            first = next(iter(chosen.values()))
+            hidden = torch.zeros_like(first) if self.method.frozen_teacher else first
+            told(crops[0], crops[1] if len(crops[1]) else None, hidden)
+        for learner in self.learners.values():
+            learner.begin(values)
+        done = self._backward(Crops(*crops, batch["index"], batch["epoch"]), chosen, values, step)
+        return {name: self.learners[name].finish(losses, views, values) for name, (losses, views) in done.items()}
+
+    def _chosen(self, grid: tuple[int, int], step: int) -> Tensor:
+        rng = step_rng(self.settings.seed, step, _MASKS)
+        return self.method.choose(2 * self.batch_size * self.parallel.world_size, grid, rng=rng, wanted=self.own_crops)
 
     def _backward(
-        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, values: StepValues, step: int
-    ) -> tuple[SSLStep, dict[str, Tensor]]:
-        """Accumulate gradients over the parts of a batch: features of the last one, losses averaged over all."""
-        parts = self.settings.accumulate
-        size = self.batch_size // parts
-        by_crop = masks.unflatten(0, (2, self.batch_size))
+        self, crops: Crops, chosen: Mapping[tuple[int, int], Tensor], values: StepValues, step: int
+    ) -> dict[str, tuple[dict[str, Tensor], SSLStep]]:
+        """Accumulate gradients over the parts of a batch, one student after the other in each part: losses averaged
+        over all parts and ranks, and the features of the last part."""
+        parts, size = self.settings.accumulate, self.batch_size // self.settings.accumulate
+        companies = {name: self._company(step, size) for name in self.learners}
+        sums: dict[str, dict[str, Tensor]] = {name: {} for name in self.learners}
+        last: dict[str, SSLStep] = {}
+        for number in range(parts):
+            part = slice(number * size, (number + 1) * size)
+            piece = Crops(crops.global_crops[:, part], crops.local_crops[:, part], crops.sample[part], crops.view[part])
+            seen = self.method.look(piece, self.parallel)
+            for name, learner in self.learners.items():
+                patches = chosen[self.grids[name]].unflatten(0, (2, self.batch_size))[:, part].flatten(0, 1)
+                with learner.networks.part(number + 1 == parts):
+                    with self.parallel.autocast(), learner.running():
+                        views = self.method.losses(learner.networks, seen, piece, patches, values, companies[name])
+                    learner.backward(views.total / parts)
+                losses = sums[name]
+                for term, value in {"total": views.total.detach(), **views.terms}.items():
+                    losses[term] = losses[term] + value / parts if term in losses else value / parts
+                # Nobody differentiates it any more, and its graph would live on with what the monitor keeps.
+                last[name] = replace(views, total=views.total.detach())
+                del views
+        # One small reduction per student: every rank sees the same losses, and skips the same steps.
+        means = {name: self.parallel.mean(torch.stack(list(losses.values()))) for name, losses in sums.items()}
+        return {
+            name: (dict(zip(losses, means[name].unbind(), strict=True)), last[name]) for name, losses in sums.items()
+        }
+
+    def _company(self, step: int, size: int) -> Company:
+        """Who shares the batch in parts of `size` images a rank; every student draws the same stochastic depth."""
         parallel, alone = self.parallel, self.parallel.world_size == 1
         together = alone or self.settings.depth_scope == "global"
         purpose = _DEPTH + (0 if together else 2 * parallel.rank)
-        depth_seed = step_rng(self.settings.seed, step, purpose).integers(1 << 63)
-        generator = torch.Generator().manual_seed(int(depth_seed))
-        losses: dict[str, Tensor] = {}
-        for number in range(parts):
-            part = slice(number * size, (number + 1) * size)
-            with self.networks.part(number + 1 == parts):
-                with parallel.autocast(), self.graphs.running() if self.graphs else nullcontext():
-                    views = ssl_losses(
-                        self.networks.model,
-                        self.settings.objective,
-                        global_crops=global_crops[:, part],
-                        local_crops=local_crops[:, part],
-                        masks=by_crop[:, part].flatten(0, 1),
-                        teacher_temperature=values.teacher_temperature,
-                        generator=generator,
-                        group=parallel.group,
-                        share=None if alone or not together else Share(parallel.rank, parallel.world_size, size),
-                        student=self.networks.student,
-                    )
-                self.scaler.scale(views.total / parts).backward()
-            for name, value in {"total": views.total.detach(), **views.terms}.items():
-                losses[name] = losses[name] + value / parts if name in losses else value / parts
-        # One small reduction: every rank sees the same losses, and skips the same steps.
-        means = parallel.mean(torch.stack(list(losses.values())))
-        # Nobody differentiates it any more, and its graph would live on with what the monitor keeps.
-        return replace(views, total=views.total.detach()), dict(zip(losses, means.unbind(), strict=True))
+        seed = step_rng(self.settings.seed, step, purpose).integers(1 << 63)
+        share = None if alone or not together else Share(parallel.rank, parallel.world_size, size)
+        return Company(torch.Generator().manual_seed(int(seed)), parallel.group, share)

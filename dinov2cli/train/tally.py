@@ -1,7 +1,11 @@
 """What happens between two lines of metrics: mean losses, images per second, time spent waiting, skipped steps."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
+
+from dinov2cli.train.learner import StepResult
 
 
 class Tally:
@@ -62,3 +66,38 @@ class Tally:
         self._steps, self._images = state["steps"], state["images"]
         self._busy, self._waited = state["busy"], state["waited"]
         self.run_of_skips = torch.tensor(state["run_of_skips"], device=self._device)
+
+
+class Tallies:
+    """The tallies of several students by name; the time is that of all of them together."""
+
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        self._by_name = {name: Tally(device) for name in names}
+
+    def __getitem__(self, name: str) -> Tally:
+        return self._by_name[name]
+
+    def reset(self) -> None:
+        """Begin a new line."""
+        for tally in self._by_name.values():
+            tally.reset()
+
+    def add(self, results: Mapping[str, StepResult], images: int) -> None:
+        """One step of every student."""
+        for name, result in results.items():
+            self._by_name[name].add(result.losses, result.skipped, images)
+
+    def time(self, busy: float, waited: float) -> None:
+        """As `Tally.time`."""
+        for tally in self._by_name.values():
+            tally.time(busy, waited)
+
+    def speed(self) -> dict[str, float]:
+        """As `Tally.speed`."""
+        return next(iter(self._by_name.values())).speed()
+
+    def longest_run(self) -> tuple[str, int]:
+        """The student with the most skipped steps in a row, and how many they were."""
+        runs = {name: int(tally.longest_run) for name, tally in self._by_name.items()}
+        worst = max(runs, key=lambda name: runs[name])
+        return worst, runs[worst]

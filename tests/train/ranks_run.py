@@ -21,6 +21,7 @@ from dinov2cli.distributed import launched, leave
 from dinov2cli.errors import Preempted
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train.loop import train
+from dinov2cli.train.method import SelfDistillation
 from dinov2cli.train.network import SSLModel, build_ssl_model
 from dinov2cli.train.optim import build_optimizer
 from dinov2cli.train.parallel import Parallel, setup
@@ -74,10 +75,11 @@ def run(folder: Path, asked: dict[str, Any]) -> None:
 
     train(
         folder,
-        model=network,
+        models={"": network},
+        method=SelfDistillation(objective),
         make_optimizer=partial(build_optimizer, depth=3, layerwise_decay=0.9),
         phases=[first, *second],
-        settings=Settings(objective, seed=SEED, **asked.get("settings", {})),
+        settings=Settings(seed=SEED, **asked.get("settings", {})),
         augment=Augment(),
         parallel=parallel,
         log_every=1,

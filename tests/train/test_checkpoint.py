@@ -24,7 +24,7 @@ def parts(tiny, **kwargs):
     return {
         "student": model.student,
         "teacher": model.teacher_side(),
-        "optimizer": build_optimizer(model.student, depth=2),
+        "optimizers": {"": build_optimizer(model.student, depth=2)},
     }
 
 
@@ -32,7 +32,7 @@ def test_layout_holds_tensors_as_safetensors_and_the_rest_as_json(tiny, tmp_path
     held = parts(tiny)
     for parameter in held["student"].parameters():
         parameter.grad = torch.ones_like(parameter)
-    held["optimizer"].step()
+    held["optimizers"][""].step()
     path = save_checkpoint(tmp_path, 7, tensors_of(**held), state={"sampler": {"position": 56}})
     assert path.name == "step_00000007"
     files = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}

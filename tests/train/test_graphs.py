@@ -52,8 +52,8 @@ def test_a_run_with_graphs_is_the_run_without(tiny, tmp_path, recorded):
     # Once for the teacher, which sees 16 global crops of 17 tokens, and once for the student: 16 local ones of 5 more.
     assert recorded == [((16 * 17, 32), False), ((16 * 17 + 16 * 5, 32), True)]
     assert replayed.metrics["loss/total"] == plain.metrics["loss/total"]
-    state = replayed.teacher.state_dict()
-    for name, value in plain.teacher.state_dict().items():
+    state = replayed.averages[""].state_dict()
+    for name, value in plain.averages[""].state_dict().items():
         assert torch.equal(value, state[name]), name
 
 

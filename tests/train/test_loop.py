@@ -184,7 +184,7 @@ def test_a_single_bad_step_leaves_the_student_as_it_was(tiny, tmp_path):
 
 
 def test_loss_decreases_on_real_tiles(tiny, tmp_path):
-    tiny.tiny_train(tmp_path, 120, log_every=20, checkpoint_every=0, step={"objective": Objective(koleo_weight=0.0)})
+    tiny.tiny_train(tmp_path, 120, log_every=20, checkpoint_every=0, method={"objective": Objective(koleo_weight=0.0)})
     losses = [line["loss/total"] for line in read_metrics(tmp_path)]
     # Uniform predictions over 64 prototypes cost log 64 in DINO and, with half of the crops masked, half of it in iBOT.
     assert losses[-1] < 1.5 * math.log(64) - 0.08
@@ -201,7 +201,7 @@ def test_softmax_centring_resumes_with_its_centre(tiny, tmp_path):
 
 def test_online_evaluation_is_added_to_its_line(tiny, tmp_path):
     tiny.tiny_train(
-        tmp_path, 6, log_every=5, eval_every=3, evaluate=lambda backbone, step: {"knn": backbone.embed_dim + step}
+        tmp_path, 6, log_every=5, eval_every=3, evaluate=lambda backbone, step, name: {"knn": backbone.embed_dim + step}
     )
     lines = {line["step"]: line for line in read_metrics(tmp_path)}
     assert sorted(lines) == [1, 3, 5, 6]
@@ -267,7 +267,7 @@ def test_accumulation_averages_the_gradients_of_the_parts(tiny, tmp_path):
         model = tiny.tiny_model(centering="none")
         model.student.backbone.set_drop_path(0.0)
         exact = setup("cpu", "fp32")
-        tiny.tiny_train(tmp_path / name, 2, model=model, step=apart | {"accumulate": parts}, parallel=exact)
+        tiny.tiny_train(tmp_path / name, 2, model=model, method=apart, step={"accumulate": parts}, parallel=exact)
         ends.append(dict(model.student.state_dict()))
     norms = [[line["grad_norm"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halves")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)

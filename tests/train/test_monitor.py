@@ -103,15 +103,20 @@ def hot(temperature: float) -> dict:
 def alike() -> dict:
     model = tiny_model()
     model.student.backbone.set_drop_path(0.0)  # the same image gives the same token
-    return {"model": model, "phase": {"loader": Shades(1)}, "augment": without_colours, "step": {"mask_probability": 0}}
+    return {
+        "model": model,
+        "phase": {"loader": Shades(1)},
+        "augment": without_colours,
+        "method": {"mask_probability": 0},
+    }
 
 
 @pytest.mark.parametrize(
     ("steps", "broken", "sentence"),
     [
-        (60, {"model": tiny_model(centering="none"), "step": NO_KOLEO, "lr": 2e-2}, "one prototype wins for every"),
+        (60, {"model": tiny_model(centering="none"), "method": NO_KOLEO, "lr": 2e-2}, "one prototype wins for every"),
         (20, hot(1.0), "teacher targets are nearly uniform"),
-        (10, {"step": {"objective": Objective(koleo_weight=300)}}, "gradients are"),
+        (10, {"method": {"objective": Objective(koleo_weight=300)}}, "gradients are"),
         (15, {"phase": {"loader": Shades(1)}, "augment": without_colours}, "the features have collapsed"),
         (15, {"phase": {"loader": Shades(2)}, "augment": without_colours}, "fill few directions"),
         (15, alike(), "nearest class tokens almost touch"),

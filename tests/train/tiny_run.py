@@ -13,12 +13,12 @@ from dinov2cli.data.loader import CropLoader
 from dinov2cli.data.source import open_source
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train.loop import TrainResult, train
+from dinov2cli.train.method import SelfDistillation
 from dinov2cli.train.network import SSLModel, build_ssl_model
 from dinov2cli.train.optim import build_optimizer
 from dinov2cli.train.parallel import setup
 from dinov2cli.train.phase import Phase
 from dinov2cli.train.schedules import RunLength, Schedules
-from dinov2cli.train.ssl import Objective
 from dinov2cli.train.step import Settings
 
 BATCH, SEED = 8, 7
@@ -88,20 +88,22 @@ def tiny_train(
     lr: float = 2e-3,
     phase: dict | None = None,
     step: dict | None = None,
+    method: dict | None = None,
     **arguments,
 ) -> TrainResult:
-    """Train to `steps` of a run laid out for `steps`; `phase`, `step` and `arguments` change what `train` is given."""
+    """Train to `steps` of a run laid out for `steps`; the other arguments change what `train` is given."""
     run.mkdir(parents=True, exist_ok=True)
     defaults = {
         "make_optimizer": partial(build_optimizer, depth=2, layerwise_decay=0.9),
         "phases": [tiny_phase(steps, lr=lr, **(phase or {}))],
-        "settings": Settings(**({"objective": Objective(), "seed": SEED} | (step or {}))),
+        "method": SelfDistillation(**(method or {})),
+        "settings": Settings(**({"seed": SEED} | (step or {}))),
         "augment": Augment(),
         "parallel": setup("cpu"),
         "checkpoint_every": 5,
         "log_every": 1,
     }
-    return train(run, model=model or tiny_model(), **(defaults | arguments))
+    return train(run, models={"": model or tiny_model()}, **(defaults | arguments))
 
 
 def worker_loader() -> CropLoader:

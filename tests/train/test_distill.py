@@ -1,0 +1,360 @@
+"""The loss of distillation against a reference one image at a time in float64, and what a run of it must keep."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from dinov2cli.data.masks import masked_tokens
+from dinov2cli.models.vit import VisionTransformer
+from dinov2cli.train.checkpoint import latest_checkpoint
+from dinov2cli.train.distill import DistillObjective, build_distill_model
+from dinov2cli.train.distillation import Distillation, to_16_bit
+from dinov2cli.train.method import Company, Crops
+from dinov2cli.train.parallel import setup
+from dinov2cli.train.schedules import StepValues
+from dinov2cli.train.sharding import Spread
+from dinov2cli.train.teacher_cache import TokenCache
+from tests.train.distill_run import HEADS, STUDENTS, WIDTH, backbone, run, student, teacher
+
+BATCH, STUDENT_T, TEACHER_T = 5, 0.1, 0.05
+VALUES = StepValues(1e-3, 1e-3, weight_decay=0.04, momentum=0.9, teacher_temperature=TEACHER_T)
+
+
+def sinkhorn(logits, iterations=3):
+    q = torch.exp(logits / TEACHER_T).T
+    q = q / q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdim=True) / q.shape[0]
+        q = q / q.sum(0, keepdim=True) / q.shape[1]
+    return (q * q.shape[1]).T
+
+
+def crops(locals_: int = 3) -> Crops:
+    generator = torch.Generator().manual_seed(3)
+    return Crops(
+        torch.randn(2, BATCH, 3, 32, 32, generator=generator),
+        torch.randn(locals_, BATCH, 3, 16, 16, generator=generator),
+        torch.arange(BATCH),
+        torch.zeros(BATCH, dtype=torch.int64),
+    )
+
+
+def step(model, looked_at, objective, batch, *, share=1.0):
+    """One student's loss by the product's own method; `share` of the patches counts in iBOT."""
+    method = Distillation(looked_at, objective)
+    parallel = setup("cpu", "fp32")
+    method.place(parallel)
+    side = 32 // model.student.backbone.patch_size
+    chosen = method.choose(2 * BATCH, (side, side), rng=np.random.default_rng(0), wanted=range(2 * BATCH))
+    assert chosen.float().mean() == pytest.approx(share, abs=0.04)
+    seen = method.look(batch, parallel)
+    company = Company(torch.Generator().manual_seed(0))
+    spread = Spread(model, model.student, torch.device("cpu"))
+    return chosen, method.losses(spread, seen, batch, chosen, VALUES, company)
+
+
+def reference(model, looked_at, objective, batch, chosen):
+    """Every term one image and one crop at a time, in float64; both models must be float64 already."""
+    s, t, o = model.student, looked_at, objective
+    views, small = batch.global_crops.double(), batch.local_crops.double()
+    pairs = [(g, b) for g in range(2) for b in range(BATCH)]
+    side = 32 // s.backbone.patch_size
+
+    def regrid(patches):
+        n = int(patches.shape[0] ** 0.5)
+        maps = patches.T.reshape(1, -1, n, n)
+        return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)[0].flatten(1).T
+
+    with torch.no_grad():
+        seen = {(g, b): t.network(views[g, b][None]) for g, b in pairs}
+        cls = {key: value.cls[0] for key, value in seen.items()}
+        patches = {key: regrid(value.patches[0]) for key, value in seen.items()}
+        # Whose heads make the teacher's logits: its own, or the moving average of the student's.
+        heads = t if t.dino_head is not None else model.teacher
+        dino_q = sinkhorn(torch.stack([heads.dino_head(cls[key]) for key in pairs]))
+        counted = {key: chosen[i] for i, key in enumerate(pairs)}
+        rows = [heads.patch_head(patches[key][counted[key]]) for key in pairs]
+        ibot_q = dict(zip(pairs, sinkhorn(torch.cat(rows)).split([len(r) for r in rows]), strict=True))
+        dino_q = dict(zip(pairs, dino_q, strict=True))
+    own = {key: s.backbone(views[key][None]) for key in pairs}
+    learned = t.dino_head is None
+
+    def space(tokens, patches=False):
+        if not learned:
+            return tokens
+        return s.adapter.patches(tokens) if patches else s.adapter.cls(tokens)
+
+    def cross_entropy(logits, q):
+        return -(q * F.log_softmax(logits / STUDENT_T, dim=-1)).sum(-1)
+
+    terms = {}
+    count = 2 + max(2 * len(small), 1)
+    terms["dino_global"] = sum(
+        cross_entropy(s.dino_head(space(own[g, b].cls)), dino_q[1 - g, b]).sum() for g, b in pairs
+    ) / (BATCH * count)
+    terms["dino_local"] = sum(
+        cross_entropy(s.dino_head(space(s.backbone(crop[b][None]).cls)), dino_q[g, b]).sum()
+        for crop in small
+        for g, b in pairs
+    ) / (BATCH * count)
+    terms["ibot"] = sum(
+        cross_entropy(s.patch_head(space(own[key].patches[0][counted[key]], True)), ibot_q[key]).mean() for key in pairs
+    ) / len(pairs)
+    koleo = torch.zeros((), dtype=torch.float64)
+    for g in range(2):
+        x = F.normalize(torch.stack([own[g, b].cls[0] for b in range(BATCH)]), dim=-1)
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") + 10 * torch.eye(BATCH)
+        koleo = koleo - torch.log(distance.min(dim=1).values + 1e-8).mean()
+    terms["koleo"] = o.koleo_weight * koleo
+    if o.feature_weight:
+        distances = [1 - F.cosine_similarity(s.adapter.cls(own[k].cls[0]), cls[k], dim=-1) for k in pairs]
+        inner = [
+            1 - F.cosine_similarity(s.adapter.patches(own[k].patches[0]), patches[k], dim=-1).mean() for k in pairs
+        ]
+        terms["feature"] = o.feature_weight * (sum(distances) + sum(inner)) / len(pairs)
+    if o.gram_weight:
+
+        def gram(x):
+            x = F.normalize(x, dim=-1)
+            return x @ x.T
+
+        differences = [(gram(own[k].patches[0]) - gram(patches[k])).square().mean() for k in pairs]
+        terms["gram"] = o.gram_weight * sum(differences) / len(pairs)
+    return terms
+
+
+FORMS = {
+    "paper": ({}, True, {}),
+    "tied": ({}, True, {"untied": False}),
+    "some patches": ({"ibot_share": 0.5}, True, {}),
+    "learned heads": ({}, False, {}),
+    "all terms": ({"feature_weight": 0.7, "gram_weight": 2.0}, False, {}),
+    "another grid": ({"feature_weight": 0.7, "gram_weight": 2.0}, True, {"patch_size": 16}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_step_equals_the_reference(form):
+    settings, heads, sizes = FORMS[form]
+    objective, batch = DistillObjective(koleo_weight=0.3, **settings), crops()
+    tied = {"untied": False} if sizes.get("untied") is False else {}
+    looked_at, model = teacher(heads=heads, **tied), student(objective, heads=heads, **sizes)
+    for parameter in model.teacher.parameters():  # else average and student are the same
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9)))
+    exact, exact_teacher = copy.deepcopy(model).double(), copy.deepcopy(looked_at).double()
+    chosen, found = step(model, looked_at, objective, batch, share=settings.get("ibot_share", 1.0))
+    expected = reference(exact, exact_teacher, objective, batch, chosen)
+    assert found.terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found.terms[name].item() == pytest.approx(value.item(), rel=2e-5, abs=1e-7), name
+    found.total.backward()
+    sum(expected.values()).backward()
+    for (name, ours), theirs in zip(model.student.named_parameters(), exact.student.parameters(), strict=True):
+        if not ours.requires_grad:
+            continue
+        scale = theirs.grad.norm().item()
+        assert scale > 0, name  # every parameter that trains is reached: DDP would wait for it
+        assert (ours.grad - theirs.grad).norm().item() <= 2e-4 * scale, name
+    assert all(p.grad is None for p in [*model.teacher.parameters(), *looked_at.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [
+        ({"dino_weight": 0, "ibot_weight": 0, "koleo_weight": 0, "feature_weight": 1}, {"backbone", "adapter"}),
+        ({"dino_weight": 0, "ibot_weight": 0, "koleo_weight": 0, "gram_weight": 1}, {"backbone"}),
+        ({"dino_weight": 0, "feature_weight": 1}, {"backbone", "dino_head", "ibot_head", "adapter"}),
+        ({"ibot_weight": 0}, {"backbone", "dino_head", "ibot_head"}),
+    ],
+)
+def test_only_what_a_term_needs_is_there_and_is_trained(weights, parts):
+    objective = DistillObjective(**weights)
+    model, looked_at = student(objective), teacher()
+    assert {name for name, _ in model.student.named_children()} == parts
+    _, found = step(model, looked_at, objective, crops())
+    assert (found.targets is None) == (not objective.needs_prototypes)
+    found.total.backward()
+    for name, parameter in model.student.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_widths_that_differ_need_an_adapter():
+    features = DistillObjective(dino_weight=0, ibot_weight=0, feature_weight=1.0)
+    arguments = {"teacher_has_heads": True, "adapter": False, "heads": HEADS}
+    with pytest.raises(ValueError, match="width 32 and 48 need an adapter"):
+        build_distill_model(backbone(), WIDTH, features, **arguments)
+    with pytest.raises(ValueError, match="need an adapter"):
+        build_distill_model(backbone(), WIDTH, DistillObjective(), **(arguments | {"teacher_has_heads": False}))
+    assert build_distill_model(backbone(), WIDTH, DistillObjective(), **arguments).student.adapter is None
+    same = build_distill_model(backbone(embed_dim=WIDTH), WIDTH, features, **arguments)
+    assert same.student.adapter is None
+
+
+def test_a_share_of_the_patches_is_exact_random_and_the_same_over_ranks():
+    method = Distillation(teacher(), DistillObjective(ibot_share=0.3))
+
+    def choose(wanted, seed=0):
+        return method.choose(12, (4, 4), rng=np.random.default_rng(seed), wanted=wanted)
+
+    whole = choose(range(12))
+    assert (whole.sum(1) == 5).all()  # 0.3 of 16
+    assert len({tuple(row.tolist()) for row in whole}) == 12
+    assert torch.equal(choose([7, 2]), whole[[7, 2]])
+    assert not torch.equal(choose(range(12), seed=1), whole)
+    indices, weights = masked_tokens(whole)
+    assert len(indices) == 60
+    assert weights.unique().tolist() == pytest.approx([0.2])
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    """All tensors of the newest checkpoint, bit for bit."""
+    found = {}
+    for file in sorted(latest_checkpoint(folder / "checkpoints").rglob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                found[f"{file.parent.name}/{name}"] = tensors.get_tensor(name).numpy().tobytes()
+    return found
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("heads", [True, False], ids=["run", "learned"])
+def test_students_together_are_bitwise_what_each_is_alone(tmp_path, heads):
+    common = {"steps": 4, "heads": heads, "drop_path": 0.2, "objective": {"ibot_share": 0.5, "gram_weight": 1.0}}
+    run(tmp_path / "both", students=("small", "coarse"), **common)
+    both = stored(tmp_path / "both")
+    last = lines(tmp_path / "both")[-1]
+    for name in STUDENTS:
+        run(tmp_path / name, students=(name,), **common)
+        alone = stored(tmp_path / name)
+        assert alone
+        assert alone == {key: value for key, value in both.items() if f"/{name}." in key}
+        own = lines(tmp_path / name)[-1]
+        assert {key: last[key] for key in last if key.startswith(f"{name}/")} == {
+            key: own[key] for key in own if key.startswith(f"{name}/")
+        }
+    assert last["loss/total"] == pytest.approx(np.mean([last[f"{name}/loss/total"] for name in STUDENTS]))
+
+
+@pytest.mark.parametrize("students", [("",), ("small", "coarse")])
+def test_a_run_that_was_cut_goes_on_bitwise(tmp_path, students):
+    common = {"students": students, "second": (3,), "centering": "softmax", "settings": {"accumulate": 2}}
+    whole = run(tmp_path / "whole", steps=5, keep=0, **common)
+
+    class Cut(Exception):
+        pass
+
+    def cut(line, _total):
+        if line["step"] == 6:  # between the checkpoint of step 4 and the end, in the second phase
+            raise Cut
+
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", steps=5, keep=0, on_metrics=cut, **common)
+    run(tmp_path / "cut", steps=5, keep=0, **common)
+    assert stored(tmp_path / "cut") == stored(tmp_path / "whole")
+    clock = ("seconds", "images_per_s", "data_wait")
+    curves = [
+        [{k: v for k, v in line.items() if k not in clock} for line in lines(tmp_path / n)] for n in ("cut", "whole")
+    ]
+    assert curves[0] == curves[1]
+    assert whole.averages.keys() == set(students)
+    assert all(
+        isinstance(one, VisionTransformer) and one.grid * one.patch_size == 48 for one in whole.averages.values()
+    )
+
+
+def test_the_teacher_stays_as_it_was_and_the_average_follows_the_student(tmp_path):
+    looked_at = teacher()
+    before = copy.deepcopy(looked_at.state_dict())
+    result = run(tmp_path, steps=8, loaded=looked_at)
+    assert all(torch.equal(value, before[name]) for name, value in looked_at.state_dict().items())
+    start = student(DistillObjective()).teacher.backbone.state_dict()
+    moved = [not torch.equal(value, start[name]) for name, value in result.averages[""].state_dict().items()]
+    assert sum(moved) > len(moved) // 2
+    assert not any(
+        "network" in key.split("/")[1].split(".")[1] for key in stored(tmp_path) if key.startswith("student/")
+    )
+
+
+def test_a_bad_step_of_one_student_leaves_the_other_alone(tmp_path):
+    """Weights that are not finite skip the steps of one student; the other is bitwise what it is by itself."""
+
+    def poison(model):
+        model.student.backbone.blocks[0].mlp.fc1.weight.data[0, 0] = torch.nan
+
+    good = DistillObjective(koleo_weight=1.0)
+    from dinov2cli.train import loop
+
+    models = {name: student(good, **STUDENTS[name]) for name in STUDENTS}
+    poison(models["coarse"])
+    original = loop.Trainer.__init__
+
+    def with_these(self, folder, **arguments):
+        original(self, folder, **(arguments | {"models": models}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "__init__", with_these)
+        run(tmp_path / "both", steps=3, students=("small", "coarse"), max_bad_steps=10)
+    run(tmp_path / "small", steps=3, students=("small",))
+    both = stored(tmp_path / "both")
+    assert stored(tmp_path / "small") == {key: value for key, value in both.items() if "/small." in key}
+    assert [line["coarse/skipped"] for line in lines(tmp_path / "both")] == [1, 1, 1]
+    assert "coarse: 1 of the last steps skipped" in (tmp_path / "both" / "log.txt").read_text()
+
+
+def test_16_bit_matrices_give_what_autocast_makes_of_32_bit_ones():
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, kept = teacher(), teacher()
+        to_16_bit(kept.network, "bf16")
+        held = {p.dtype for p in kept.network.parameters()}
+        assert held == {torch.float32, torch.bfloat16}
+        for ours, theirs in zip(kept.tokens(images, 4), plain.tokens(images, 4), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+class Repeating:
+    """A loader whose images come in `views` views, as `data.views` has it."""
+
+    def __init__(self, loader, views):
+        self.loader, self.views = loader, views
+        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield batch | {"epoch": batch["epoch"] % self.views}
+
+
+def test_cached_tokens_train_as_computed_ones_do(tmp_path):
+    """The teacher is asked once for every view; a second run asks it nothing and ends bitwise the same."""
+    from dinov2cli.data.crops import MultiCrop
+    from dinov2cli.data.loader import CropLoader
+    from dinov2cli.data.source import open_source
+
+    source = open_source("demo:digits?count=24")
+    looked_at, asked = teacher(), []
+    forward = looked_at.network.forward_crops
+    looked_at.network.forward_crops = lambda images: asked.append(len(images[0])) or forward(images)
+
+    def distil(name):
+        asked.clear()
+        shape = {"images": len(source), "views": 1, "crops": 2, "tokens": 17, "width": WIDTH}
+        cache = TokenCache(tmp_path / "cache", **shape, key={"a": 1})
+        crop = MultiCrop(global_size=32, local_size=16, local_number=2)
+        loader = CropLoader(source, crop=crop, batch_size=8, seed=1, workers=0)
+        run(tmp_path / name, steps=9, loaded=looked_at, distillation={"cache": cache}, loader=Repeating(loader, 1))
+        return sum(asked)
+
+    assert distil("first") <= 2 * len(source)
+    assert distil("second") == 0
+    assert stored(tmp_path / "first") == stored(tmp_path / "second")

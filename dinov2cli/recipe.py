@@ -50,10 +50,12 @@ def load_config(
     option: str = "--config",
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
+    others: Mapping[str, type[BaseModel]] | None = None,
 ) -> Config:
     """Return the validated config of `model` from a recipe, `a.b=c` strings and flags (dotted keys; None = not given).
 
-    option: by which the recipe was given, for messages; with another than --config it is a file, not a name.
+    option: by which the recipe was given, for messages; with another than --config it is a file, not a name. others:
+    configs of commands whose recipes may be given by mistake; one that only such a command knows is told so.
     Raises UserError listing every unknown key, bad value and malformed --set together.
     """
     values: dict[str, Any] = {}
@@ -61,7 +63,9 @@ def load_config(
     problems: list[str] = []
     known = dict(dotted_keys(model))
     if recipe is not None:
-        for key, value in _flatten(_read_yaml(recipe, option), known):
+        content = _read_yaml(recipe, option)
+        _check_command(recipe, option, content, known, others or {})
+        for key, value in _flatten(content, known):
             _place(values, key, value)
             origin[key] = f"{'recipe' if option == '--config' else 'file'} {recipe}"
     for text in sets:
@@ -96,6 +100,12 @@ def load_config(
     return config
 
 
+def command_of(recipe: str, configs: Mapping[str, type[BaseModel]]) -> str:
+    """Return the command that a recipe is for: the first of those (by name) that know most of its keys."""
+    content = _read_yaml(recipe, "--config")
+    return min(configs, key=lambda name: len(_unknown_keys(content, dict(dotted_keys(configs[name])))))
+
+
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, default) for every leaf of a config model."""
     for name, info in model.model_fields.items():
@@ -109,6 +119,27 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 def to_yaml(config: BaseModel) -> str:
     """Return a config as YAML, in the order of its fields; `load_config` reads it back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _check_command(
+    recipe: str,
+    option: str,
+    content: Mapping[str, Any],
+    known: Mapping[str, Any],
+    others: Mapping[str, type[BaseModel]],
+) -> None:
+    """UserError for a recipe of another command: it has keys that are unknown here, and all are known there."""
+    unknown = _unknown_keys(content, known)
+    for command, config in others.items() if unknown else ():
+        if not _unknown_keys(content, dict(dotted_keys(config))):
+            raise UserError(
+                f"{option} {recipe}: is a recipe of `dinov2 {command}` ({unknown[0]} is no setting of this command); "
+                "choose another one (`dinov2 recipes ls`)"
+            )
+
+
+def _unknown_keys(content: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    return [key for key, _ in _flatten(content, known) if key not in known]
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -23,7 +23,7 @@ _KINDS = {
     ),
     "run": (
         "a training run",
-        "dinov2 pretrain",
+        "dinov2 pretrain or distill",
         "give it as a model: `dinov2 embed DATA -m RUN` or `dinov2 eval knn RUN`",
     ),
     "results": ("evaluation results", "dinov2 eval", "read its report.html or results.json"),

@@ -1,9 +1,11 @@
-"""From the settings of a pretraining recipe to the objects that `train` takes."""
+"""From the settings of a training run to the objects that `train` takes: what pretraining and distillation share."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinov2cli.config import PretrainConfig
+    from dinov2cli.config import TrainingConfig
+    from dinov2cli.config.training import ModelSection
     from dinov2cli.data.source import ImageSource
     from dinov2cli.train.parallel import Parallel
     from dinov2cli.train.schedules import RunLength
@@ -12,7 +14,7 @@ _SMALL = 128  # pixels
 _LOOK = 500  # images
 
 
-def batch_per_rank(config: "PretrainConfig", world_size: int) -> "PretrainConfig":
+def batch_per_rank(config: "TrainingConfig", world_size: int) -> "TrainingConfig":
     """The settings with a batch given for all ranks together divided among them."""
     from dinov2cli.errors import UserError
 
@@ -31,7 +33,7 @@ def batch_per_rank(config: "PretrainConfig", world_size: int) -> "PretrainConfig
     return type(config).model_validate(content)
 
 
-def with_batch_of_all(config: "PretrainConfig", world_size: int) -> "PretrainConfig":
+def with_batch_of_all(config: "TrainingConfig", world_size: int) -> "TrainingConfig":
     """The opposite of `batch_per_rank`: settings that mean the same over any number of ranks, for config.yaml."""
     content = config.model_dump()
     content["data"] |= {"global_batch_size": config.data.batch_size * world_size}
@@ -40,7 +42,7 @@ def with_batch_of_all(config: "PretrainConfig", world_size: int) -> "PretrainCon
     return type(config).model_validate(content)
 
 
-def identity_of(config: "PretrainConfig", world_size: int, before: dict[str, Any] | None) -> dict[str, Any]:
+def identity_of(config: "TrainingConfig", world_size: int, before: dict[str, Any] | None) -> dict[str, Any]:
     """What makes this run the run it is, to be compared with `before`, what made the one that is at its place.
 
     The same command may go on over another number of ranks, and the same batch may be divided among them otherwise.
@@ -58,22 +60,20 @@ def identity_of(config: "PretrainConfig", world_size: int, before: dict[str, Any
 
 
 def resolve_automatic(
-    config: "PretrainConfig", images: int, world_size: int = 1, before: dict[str, Any] | None = None
-) -> tuple["PretrainConfig", dict[str, str]]:
-    """The settings with every `auto` replaced and paths made absolute, and for each `auto` what was chosen and why.
+    config: Any, values: Mapping[str, tuple[float, str]], before: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, str]]:
+    """The settings with every `auto` replaced by its (value, reason) in `values`, by dotted name, and the initial
+    models' paths made absolute; and for each `auto` what was chosen and why.
 
     A run that goes on keeps what was chosen `before`, as its identity has it.
     """
     from dinov2cli.cli.frame import canonical_model
-    from dinov2cli.train.automatic import automatic
 
-    batch = config.data.batch_size * world_size
-    steps = _length(config.train.steps, config.train.budget, images, batch).total
     content, chosen = config.model_dump(), {}
-    if config.model.init_from is not None:
-        content["model"]["init_from"] = canonical_model(config.model.init_from)
-    own = None if config.heads.prototypes == "auto" else config.heads.prototypes
-    for name, (value, reason) in automatic(batch, images, steps, own).items():
+    for model in (content["model"], *content.get("students", [])):
+        if model["init_from"] is not None:
+            model["init_from"] = canonical_model(model["init_from"])
+    for name, (value, reason) in values.items():
         section, key = name.split(".")
         if content[section][key] == "auto":
             if before is not None and (kept := before.get(section, {}).get(key)) is not None:
@@ -83,7 +83,12 @@ def resolve_automatic(
     return type(config).model_validate(content), chosen
 
 
-def parallel_of(config: "PretrainConfig", *, dry_run: bool = False, planned: int | None = None) -> "Parallel":
+def steps_of(config: "TrainingConfig", images: int, world_size: int) -> int | None:
+    """Steps of the run's own phase; None while a budget in time leaves them open."""
+    return _length(config.train.steps, config.train.budget, images, config.data.batch_size * world_size).total
+
+
+def parallel_of(config: "TrainingConfig", *, dry_run: bool = False, planned: int | None = None) -> "Parallel":
     """Meet the ranks of the launch as the settings say; for a dry run only plan for them, or for `planned` ones."""
     import os
 
@@ -95,54 +100,23 @@ def parallel_of(config: "PretrainConfig", *, dry_run: bool = False, planned: int
     return setup(config.device, config.train.precision, **settings, planned=planned if dry_run else None)
 
 
-def assemble(
-    config: "PretrainConfig", source: "ImageSource", parallel: "Parallel", *, dry_run: bool, fresh: bool = True
+def training_arguments(
+    config: "TrainingConfig", source: "ImageSource", parallel: "Parallel", *, dry_run: bool, **settings: Any
 ) -> dict[str, Any]:
-    """Build what `train` takes, from the settings. Not `fresh`: a checkpoint will overwrite all weights."""
+    """What `train` takes beside models and method. `settings` are further ones of `train.step.Settings`."""
     from dinov2cli.data.augment import Augment
-    from dinov2cli.train.graphs import check_graphs, compile_blocks
-    from dinov2cli.train.network import build_ssl_model
-    from dinov2cli.train.ssl import Objective
     from dinov2cli.train.step import Settings
 
-    c, loss = config, config.loss
-    recompute = c.train.activation_checkpointing or parallel.activation_checkpointing
-    graphs = c.train.compile == "graphs"
-    if graphs:
-        check_graphs(
-            parallel.device,
-            world_size=parallel.world_size,
-            sharded=parallel.sharding.sharded,
-            accumulate=c.train.accumulate,
-            recompute=recompute,
-        )
-    backbone, model_inputs = initial_backbone(c, source, look=fresh and not dry_run)
-    model = build_ssl_model(backbone, **c.heads.model_dump(), centering=loss.centering, seed=c.seed)
-    model.student.backbone.activation_checkpointing = recompute
-    if c.train.compile:
-        compile_blocks([model.student.backbone, model.teacher.backbone])
-    objective = Objective(
-        dino_weight=loss.dino_weight,
-        ibot_weight=loss.ibot_weight,
-        koleo_weight=loss.koleo_weight,
-        student_temperature=loss.student_temperature,
-        sinkhorn_iterations=loss.sinkhorn_iterations,
-        koleo_scope=c.koleo.scope,
-    )
+    c = config
     return {
-        "model": model,
-        "model_inputs": model_inputs,
-        "make_optimizer": _optimizer_maker(c, backbone.depth),
+        "make_optimizer": _optimizer_maker(c),
         "phases": phases(c, source, parallel, dry_run=dry_run),
         "settings": Settings(
-            objective,
             seed=c.seed,
-            mask_probability=c.masks.probability,
-            mask_ratio=(c.masks.ratio_min, c.masks.ratio_max),
             clip=c.optim.clip or None,
             accumulate=c.train.accumulate,
-            depth_scope=c.drop_path.scope,
-            graphs=graphs,
+            graphs=c.train.compile == "graphs",
+            **settings,
         ),
         "augment": Augment(**c.augment.model_dump()),
         "parallel": parallel,
@@ -156,16 +130,31 @@ def assemble(
     }
 
 
-def _optimizer_maker(config: "PretrainConfig", depth: int) -> Any:
-    from functools import partial
+def recomputes(config: "TrainingConfig", parallel: "Parallel") -> bool:
+    """Whether activations are computed again in the backward pass. Raises UserError where CUDA graphs cannot work."""
+    from dinov2cli.train.graphs import check_graphs
 
+    recompute = config.train.activation_checkpointing or parallel.activation_checkpointing
+    if config.train.compile == "graphs":
+        check_graphs(
+            parallel.device,
+            world_size=parallel.world_size,
+            sharded=parallel.sharding.sharded,
+            accumulate=config.train.accumulate,
+            recompute=recompute,
+        )
+    return recompute
+
+
+def _optimizer_maker(config: "TrainingConfig") -> Any:
     from dinov2cli.train.optim import build_optimizer
 
     names = ("layerwise_decay", "patch_embed_lr", "beta1", "beta2")
-    return partial(build_optimizer, depth=depth, **{name: getattr(config.optim, name) for name in names})
+    options = {name: getattr(config.optim, name) for name in names}
+    return lambda student: build_optimizer(student, depth=student.backbone.depth, **options)
 
 
-def phases(config: "PretrainConfig", source: "ImageSource", parallel: "Parallel", *, dry_run: bool) -> list[Any]:
+def phases(config: "TrainingConfig", source: "ImageSource", parallel: "Parallel", *, dry_run: bool) -> list[Any]:
     """The run's own phase, then those of `phases:`; sizes they leave out are those of the phase before."""
     from dinov2cli.cli.frame import workers_for
     from dinov2cli.data.bad import BadImages
@@ -197,6 +186,7 @@ def phases(config: "PretrainConfig", source: "ImageSource", parallel: "Parallel"
                 window=c.data.window,
                 max_deaths=c.data.max_worker_deaths,
                 pin=parallel.device.type == "cuda",
+                views=getattr(c.data, "views", None),
             )
         made.append(
             Phase(
@@ -211,16 +201,10 @@ def phases(config: "PretrainConfig", source: "ImageSource", parallel: "Parallel"
     return made
 
 
-def total_steps(parts: dict[str, Any]) -> int | None:
-    """Steps of the whole run; None while a budget in time leaves them open."""
-    totals = [phase.length.total for phase in parts["phases"]]
-    return None if None in totals else sum(totals)
-
-
-def _schedules(config: "PretrainConfig", total_batch: int, scale: float) -> Any:
+def _schedules(config: Any, total_batch: int, scale: float) -> Any:
     from dinov2cli.train.schedules import Schedules, scaled_lr
 
-    optim, loss, teacher = config.optim, config.loss, config.teacher
+    optim, loss, average = config.optim, config.loss, config.moving_average
     return Schedules(
         lr=scaled_lr(optim.lr, total_batch, optim.reference_batch) * scale,
         min_lr=min(optim.min_lr, optim.lr),
@@ -228,17 +212,17 @@ def _schedules(config: "PretrainConfig", total_batch: int, scale: float) -> Any:
         freeze_last_layer=optim.freeze_last_layer,
         weight_decay=optim.weight_decay,
         weight_decay_end=optim.weight_decay_end,
-        momentum=float(teacher.momentum),
-        momentum_end=teacher.momentum_end,
-        teacher_temperature_start=loss.teacher_temperature_start,
+        momentum=float(average.momentum),
+        momentum_end=average.momentum_end,
+        teacher_temperature_start=float(loss.teacher_temperature_start),
         teacher_temperature=float(loss.teacher_temperature),
         teacher_temperature_warmup=loss.teacher_temperature_warmup,
     )
 
 
-def overrides(config: "PretrainConfig") -> dict[str, Any]:
-    """Arguments of the backbone that the recipe sets over those of the architecture."""
-    m = config.model
+def overrides(config: "TrainingConfig", model: "ModelSection | None" = None) -> dict[str, Any]:
+    """Arguments of the backbone that `model` (default: the recipe's) sets over those of the architecture."""
+    m = model or config.model
     asked = {"patch_size": m.patch_size, "num_register_tokens": m.registers, "ffn": m.ffn}
     asked |= {"embed_dim": m.embed_dim, "depth": m.depth, "num_heads": m.num_heads}
     own = {} if m.layerscale is None else {"layerscale": m.layerscale or None}
@@ -251,11 +235,12 @@ def overrides(config: "PretrainConfig") -> dict[str, Any]:
 
 
 def initial_backbone(
-    config: "PretrainConfig", source: "ImageSource", *, look: bool = True
+    config: "TrainingConfig", source: "ImageSource", *, model: "ModelSection | None" = None, look: bool = True
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The backbone that training starts from, and the manifest's entry of the model it continues, if any.
 
-    Without `look` no image is read, and a structured start left out: enough for a plan or a checkpoint to be loaded.
+    `model` says which (default: the recipe's). Without `look` no image is read, and a structured start left out: enough
+    for a plan or a checkpoint to be loaded.
     """
     import torch
 
@@ -266,19 +251,14 @@ def initial_backbone(
     from dinov2cli.models.registry import architecture, build
     from dinov2cli.models.vit import patch_advice
 
-    m, crops = config.model, config.crops
+    m = model or config.model
     loaded = None if m.init_from is None else load_model(m.init_from)
     patch = loaded.backbone.patch_size if loaded else m.patch_size or architecture(m.arch)["patch_size"]
-    sizes = {"crops.global_size": crops.global_size}
-    sizes |= {"crops.local_size": crops.local_size} if crops.local_number else {}
-    for index, phase in enumerate(config.phases):
-        own = {"global_size": phase.global_size, "local_size": phase.local_size}
-        sizes |= {f"phases[{index}].{name}": size for name, size in own.items() if size is not None}
-    for name, size in sizes.items():
+    for name, size in crop_sizes(config).items():
         if size % patch:
             raise UserError(f"{name} {size} {patch_advice(size, patch)}")
     if loaded is None:
-        backbone = build(m.arch, seed=config.seed, **overrides(config))
+        backbone = build(m.arch, seed=config.seed, **overrides(config, m))
         if m.init == "structured" and look:
             structured_init(backbone, _first_look(config, source), torch.Generator().manual_seed(config.seed))
         return backbone, []
@@ -287,7 +267,18 @@ def initial_backbone(
     return backbone, [model_input(str(m.init_from), loaded.fingerprint)]
 
 
-def _first_look(config: "PretrainConfig", source: "ImageSource") -> Any:
+def crop_sizes(config: "TrainingConfig", *, local: bool = True) -> dict[str, int]:
+    """Sides in pixels of all crops of a run, by the name of their setting; without `local`, of the global ones."""
+    crops = config.crops
+    names = ("global_size", "local_size") if local and crops.local_number else ("global_size",)
+    sizes: dict[str, int] = {f"crops.{name}": getattr(crops, name) for name in names}
+    for index, phase in enumerate(config.phases):
+        own = {f"phases[{index}].{name}": getattr(phase, name) for name in names}
+        sizes |= {name: size for name, size in own.items() if size is not None}
+    return sizes
+
+
+def _first_look(config: "TrainingConfig", source: "ImageSource") -> Any:
     """Normalised float images [n, 3, S, S], spread over the source, from which the patch projection starts."""
     import torch
 
@@ -313,13 +304,13 @@ def _length(steps: int | None, budget: str | None, images: int, total_batch: int
     return RunLength.of(Budget(steps=steps) if steps else parse_budget(budget or "100 epochs"), total_batch, images)
 
 
-def final_size(config: "PretrainConfig") -> int:
+def final_size(config: "TrainingConfig") -> int:
     """Pixels of the global crops that training ends with."""
     sizes = [phase.global_size for phase in config.phases if phase.global_size is not None]
     return sizes[-1] if sizes else config.crops.global_size
 
 
-def preprocess_of(config: "PretrainConfig", size: int | None = None) -> Any:
+def preprocess_of(config: "TrainingConfig", size: int | None = None) -> Any:
     """How images are prepared for the trained model: the crop it was trained at, with the paper's margin around it.
 
     `size` in pixels, by default what training ends with.

@@ -10,6 +10,7 @@ from dinov2cli.cli import options
 _BENCHES = {
     "data": "the input path part by part beside an all-Pillow pipeline, and the workers that a model needs",
     "train": "one training step part by part; with --reference beside a textbook step",
+    "distill": "one step of distillation beside one of pretraining of the same student, and the teacher's share of it",
     "attention": "attention of packed crops: every implementation that runs here, checked, then timed beside its floor",
     "losses": "Sinkhorn and the prototype cross-entropy: our kernels and torch's operations beside a textbook's",
     "stochastic-depth": "gather, norm and scaled add-back of the kept samples beside torch's operations",
@@ -42,7 +43,13 @@ def bench(
         ),
     ] = None,
     arch: Annotated[
-        str | None, typer.Option("--arch", metavar="NAME", help="data, train, curve: the model, as vits14 (default).")
+        str | None,
+        typer.Option(
+            "--arch", metavar="NAME", help="data, train, curve: the model, as vits14 (default); distill: student."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="NAME", help="distill: the teacher's architecture, as vitl14.")
     ] = None,
     megapixels: Annotated[
         float | None,
@@ -101,6 +108,8 @@ def bench(
         extra |= {"megapixels": megapixels, "arch": arch or "vits14"}
     if arch is not None and name in ("train", "curve"):
         extra["arch"] = arch
+    if name == "distill":
+        extra |= {"arch": arch, "teacher": teacher}
     if compile_ is not None and name == "train":
         if compile_ not in ("false", "true", "graphs"):
             raise UserError(f"--compile: found {compile_!r}; expected false, true or graphs")

@@ -12,13 +12,13 @@ from dinov2cli.cli import options
 if TYPE_CHECKING:
     from dinov2cli.artifacts.manifest import Manifest
     from dinov2cli.cli.talk import Talk
-    from dinov2cli.config import PretrainConfig
+    from dinov2cli.config import TrainingConfig
     from dinov2cli.models.vit import VisionTransformer
     from dinov2cli.train.stored import StoredBackbone
 
 FORMATS = ("hf", "timm", "official")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", re.IGNORECASE)
-_RUN = "A run of dinov2 pretrain, finished or not, or - to read the path from stdin."
+_RUN = "A run of dinov2 pretrain or distill, finished or not, or - to read the path from stdin."
 _TO = "Directory to write; for official a file, NAME.pth."
 _FORMAT = "hf (transformers), timm, or official (a .pth with the names of the released weights)."
 _LIMIT = "Largest file of weights, as 500MB; hf only."
@@ -32,8 +32,11 @@ def export(
         int | None, typer.Option("--step", metavar="N", help="The checkpoint after N steps; default: the newest.")
     ] = None,
     part: Annotated[
-        str, typer.Option("--part", metavar="NAME", help="teacher (the average, which is better) or student.")
+        str, typer.Option("--part", metavar="NAME", help="teacher (the moving average, which is better) or student.")
     ] = "teacher",
+    student: Annotated[
+        str, typer.Option("--student", metavar="NAME", help="Which of several students of a distillation.")
+    ] = "",
     max_shard_size: Annotated[
         str | None, typer.Option("--max-shard-size", metavar="SIZE", help=f"{_LIMIT} [default: 5GB]")
     ] = None,
@@ -55,6 +58,7 @@ def export(
     - `dinov2 export run -o early --step 20000`
     - `dinov2 export run -o model --max-shard-size 500MB`
     - `dinov2 export run -o weights.pth --format official`
+    - `dinov2 export distilled -o model --student vits14`
     """
     from dinov2cli.cli.talk import Talk
     from dinov2cli.distributed import launched
@@ -69,7 +73,8 @@ def export(
     if max_shard_size is not None and format_ != "hf":
         raise UserError(f"--max-shard-size goes with --format hf; {format_} is always one file")
     limit = parse_size("5GB" if max_shard_size is None else max_shard_size)
-    _export(Path(options.from_stdin(run)), out, talk, format_, step, part, limit, dry_run=dry_run, overwrite=overwrite)
+    path, which = Path(options.from_stdin(run)), (part, student)
+    _export(path, out, talk, format_, step, which, limit, dry_run=dry_run, overwrite=overwrite)
 
 
 def _export(
@@ -78,7 +83,7 @@ def _export(
     talk: "Talk",
     format_: str,
     step: int | None,
-    part: str,
+    which: tuple[str, str],
     limit: int,
     *,
     dry_run: bool,
@@ -93,15 +98,19 @@ def _export(
     started = time.monotonic()
     manifest = require_kind(path, "run", complete=False)
     step, checkpoint = _checkpoint(path, manifest, step)
-    state, config = _state(checkpoint), _config(path)
-    stored = StoredBackbone(checkpoint, part)
-    backbone = _skeleton(path, config, stored, checkpoint)
+    state, config, (part, student) = _state(checkpoint), _config(path, manifest), which
+    _check_student(path, config, student)
+    stored = StoredBackbone(checkpoint, part, name=student)
+    backbone = _skeleton(path, config, student, stored, checkpoint)
     origin = {"run": path.resolve().name, "step": step, "part": part, "format": format_}
+    if student:
+        origin["student"] = student
     # The state holds seconds and random numbers, so that no two checkpoints are taken for one.
     origin["checkpoint"] = file_sha256(checkpoint / "state.json")[:16]
     files = _files(backbone, format_, limit)
     place = check_place(out, origin, files, run=path, overwrite=overwrite)
-    facts: dict[str, Any] = {"step": step, "part": part, "format": format_, "architecture": name_of(backbone)}
+    facts: dict[str, Any] = {key: origin[key] for key in ("step", "part", "student", "format") if key in origin}
+    facts["architecture"] = name_of(backbone)
     facts |= {"parameters": sum(p.numel() for p in backbone.parameters()), "bytes": sum(files.values())}
     facts |= {"files": [name or out.name for name in files]}
     if dry_run:
@@ -114,11 +123,12 @@ def _export(
         return
     prepared = _prepared(config, state.get("phase", {}).get("index", 0))
     place.begin()
-    _write(backbone, stored, out, origin, limit, prepared, _card(manifest, state, part, prepared.crop))
+    _write(backbone, stored, out, origin, limit, prepared, _card(manifest, state, part, prepared.crop), _base(config))
     place.finish()
     _warn(talk, backbone, format_)
     seconds = time.monotonic() - started
-    talk.say(f"{out}: {facts['architecture']}, the {part} after step {step} of {path}, for {format_} ({seconds:.1f} s)")
+    whose = f"the {part}{' of ' + student if student else ''}"
+    talk.say(f"{out}: {facts['architecture']}, {whose} after step {step} of {path}, for {format_} ({seconds:.1f} s)")
     talk.result(out, **facts, seconds=round(seconds, 3))
 
 
@@ -165,25 +175,41 @@ def _state(checkpoint: Path) -> dict[str, Any]:
         raise InputError(f"{checkpoint} has no readable state.json ({error}); export another step (--step)") from None
 
 
-def _config(path: Path) -> "PretrainConfig":
-    from dinov2cli.cli.watch import CONFIG_FILE
-    from dinov2cli.config import PretrainConfig
+def _config(path: Path, manifest: "Manifest") -> "TrainingConfig":
+    from dinov2cli.cli.watch import CONFIG_FILE, distilled
+    from dinov2cli.config import DistillConfig, PretrainConfig, TrainingConfig
     from dinov2cli.errors import InputError, UserError
     from dinov2cli.recipe import load_config
 
+    kind: type[TrainingConfig] = DistillConfig if distilled(manifest.config) else PretrainConfig
     try:
-        return load_config(PretrainConfig, recipe=str(path / CONFIG_FILE))
+        return load_config(kind, recipe=str(path / CONFIG_FILE))
     except UserError as error:
         raise InputError(f"{path / CONFIG_FILE}, which names the architecture, cannot be used: {error}") from None
 
 
-def _skeleton(path: Path, config: "PretrainConfig", stored: "StoredBackbone", checkpoint: Path) -> "VisionTransformer":
+def _check_student(path: Path, config: "TrainingConfig", student: str) -> None:
+    """Raise UserError unless the run has this student."""
+    from dinov2cli.errors import UserError
+
+    names = list(config.learners())
+    if student in names:
+        return
+    if names == [""]:
+        raise UserError(f"--student {student}: {path} trained one model; leave out --student")
+    found = f"--student {student}" if student else "no --student"
+    raise UserError(f"{found}: {path} has several students, expected --student {' or --student '.join(names)}")
+
+
+def _skeleton(
+    path: Path, config: "TrainingConfig", student: str, stored: "StoredBackbone", checkpoint: Path
+) -> "VisionTransformer":
     """The run's backbone on the meta device, with the position grid of the checkpoint."""
     import math
 
     from dinov2cli.errors import InputError
 
-    backbone = _architecture(path, config)
+    backbone = _architecture(path, config, student)
     positions = stored.shapes.get("pos_embed")
     grid = 0 if positions is None else math.isqrt(max(positions[1] - 1, 0))
     if grid and grid != backbone.grid:  # that of another phase
@@ -198,21 +224,22 @@ def _skeleton(path: Path, config: "PretrainConfig", stored: "StoredBackbone", ch
     return backbone
 
 
-def _architecture(path: Path, config: "PretrainConfig") -> "VisionTransformer":
+def _architecture(path: Path, config: "TrainingConfig", student: str) -> "VisionTransformer":
     """The run's backbone on the meta device: no weights are drawn or read."""
     from dinov2cli.cli.assembly import overrides
     from dinov2cli.errors import InputError
     from dinov2cli.models.load import load_model
     from dinov2cli.models.registry import build
 
-    initial = config.model.init_from
+    model, exported = config.learners()[student], path / "export" / student
+    initial = model.init_from
     if initial is None:
-        return build(config.model.arch, device="meta", **overrides(config))
+        return build(model.arch, device="meta", **overrides(config, model))
     try:
         return load_model(initial, device="meta").backbone
     except InputError as error:
-        if (path / "export" / "config.json").is_file():  # of the same numbers; the initial model may have moved
-            return load_model(path / "export", device="meta").backbone
+        if (exported / "config.json").is_file():  # of the same numbers; the initial model may have moved
+            return load_model(exported, device="meta").backbone
         raise InputError(f"{path} began from a model that is needed for its architecture: {error}") from None
 
 
@@ -236,11 +263,13 @@ def _write(
     limit: int,
     prepared: Any,
     card: str,
+    card_data: dict[str, Any],
 ) -> None:
     from dinov2cli.models.export import save_official, save_timm, write_hf
 
     if origin["format"] == "hf":
-        write_hf(backbone, out, read=stored.read, preprocess=prepared, limit=limit, origin=origin, card=card)
+        told: dict[str, Any] = {"origin": origin, "card": card, "card_data": card_data}
+        write_hf(backbone, out, read=stored.read, preprocess=prepared, limit=limit, **told)
         return
     backbone.load_state_dict(stored.read(list(stored.shapes)), assign=True)
     if origin["format"] == "timm":
@@ -249,7 +278,7 @@ def _write(
         save_official(backbone, out, origin=origin)
 
 
-def _prepared(config: "PretrainConfig", phase: int) -> Any:
+def _prepared(config: "TrainingConfig", phase: int) -> Any:
     """How images are prepared for the model as it is in this phase of the run."""
     from dinov2cli.cli.assembly import preprocess_of
 
@@ -259,14 +288,30 @@ def _prepared(config: "PretrainConfig", phase: int) -> Any:
 
 
 def _card(manifest: "Manifest", state: dict[str, Any], part: str, size: int) -> str:
+    from dinov2cli.cli.watch import distilled
+
     source = manifest.inputs[0] if manifest.inputs else {}
     images, batch = state.get("images", 0), state.get("batch_size", 0) * state.get("world_size", 1)
     of = f" on `{source['spec']}` ({source.get('rows') or 0:,} images)" if "spec" in source else ""
-    which = "EMA teacher" if part == "teacher" else "student"
+    command, average, teacher = "dinov2 pretrain", "EMA teacher", ""
+    if distilled(manifest.config):
+        command, average = "dinov2 distill", "student's moving average"
+        teacher = f" from `{manifest.config['teacher'].get('model')}`"
+    which = average if part == "teacher" else "student"
     return (
-        f"Taken with `dinov2 export` out of a run of `dinov2 pretrain` after {state['step']:,} steps "
+        f"Taken with `dinov2 export` out of a run of `{command}`{teacher} after {state['step']:,} steps "
         f"({images:,} images){of}, at {size} pixels with batch {batch}. These are the weights of the {which}."
     )
+
+
+def _base(config: "TrainingConfig") -> dict[str, Any]:
+    """What the header of the card says of the teacher of a distillation."""
+    from dinov2cli.cli.distill_checks import teacher_name
+    from dinov2cli.config import DistillConfig
+
+    if not isinstance(config, DistillConfig):
+        return {}
+    return {"base_model": teacher_name(str(config.teacher.model))}
 
 
 def _warn(talk: "Talk", backbone: "VisionTransformer", format_: str) -> None:

@@ -16,6 +16,7 @@ from dinov2cli.cli import (
     curate,
     dedup,
     demo,
+    distill,
     doctor,
     embed,
     evaluate,
@@ -68,6 +69,7 @@ app.command("dedup", rich_help_panel=_DATA)(dedup.dedup)
 app.command("curate", rich_help_panel=_DATA)(curate.curate)
 app.command("pack", rich_help_panel=_DATA)(pack.pack)
 app.command("pretrain", rich_help_panel=_TRAIN)(pretrain.pretrain)
+app.command("distill", rich_help_panel=_TRAIN)(distill.distill)
 app.command("export", rich_help_panel=_TRAIN)(export.export)
 app.add_typer(evaluate.app, name="eval", rich_help_panel=_TRAIN)
 app.command("demo", rich_help_panel=_LOOK)(demo.demo)

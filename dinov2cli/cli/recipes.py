@@ -49,13 +49,15 @@ def cp(name: Name, target: Annotated[Path, typer.Argument(metavar="FILE", help="
 
 @app.command("validate")
 def validate(name: Name, quiet: Quiet = False) -> None:
-    """Check every key and value of a pretraining recipe without running it; all problems are listed at once."""
+    """Check every key and value of a training recipe without running it; all problems are listed at once."""
     from dinov2cli.cli.talk import Talk
-    from dinov2cli.config import PretrainConfig
-    from dinov2cli.recipe import load_config
+    from dinov2cli.config import DistillConfig, PretrainConfig, TrainingConfig
+    from dinov2cli.recipe import command_of, load_config
 
-    load_config(PretrainConfig, recipe=name)
-    Talk(quiet=quiet).say(f"{name}: valid")
+    configs: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "distill": DistillConfig}
+    command = command_of(name, configs)
+    load_config(configs[command], recipe=name)
+    Talk(quiet=quiet).say(f"{name}: valid, for `dinov2 {command}`")
 
 
 def _file(name: str) -> Path:

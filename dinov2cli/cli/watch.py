@@ -14,7 +14,7 @@ from dinov2cli.distributed import ALONE, Ranks
 from dinov2cli.errors import UserError
 
 if TYPE_CHECKING:
-    from dinov2cli.config import PretrainConfig
+    from dinov2cli.config import TrainingConfig
     from dinov2cli.data.source import ImageSource
 
 CONFIG_FILE, REPORT_FILE, CROPS_FILE, MAPS_FOLDER, BOARD_FOLDER = (
@@ -33,24 +33,24 @@ class RunWatch:
 
     It shows progress, draws `crops.png` from the first batch, evaluates every `eval.every` steps (k-NN where the source
     has labels, PCA maps of a few images in `pca/`), keeps `report.html` up to date and writes TensorBoard files when
-    `log.tensorboard` asks. `patch_size` and `precision` are those of the backbone, `start` is the step that the run
-    goes on from.
+    `log.tensorboard` asks. `patch_sizes` are those of the students' backbones by name, `precision` that of the run,
+    `start` is the step that it goes on from.
     """
 
     def __init__(
         self,
         out: Output,
         talk: Talk,
-        config: "PretrainConfig",
+        config: "TrainingConfig",
         source: "ImageSource",
         *,
-        patch_size: int,
+        patch_sizes: Mapping[str, int],
         precision: str,
         start: int = 0,
         label: str = "pretrain",
     ) -> None:
         self._out, self._talk, self._label, self._start = out, talk, label, start
-        self._patch_size = patch_size
+        self._patch_sizes = dict(patch_sizes)
         self._pictures = config.log.pictures
         self._wants_board = config.log.tensorboard
         self._board: _Board | None = None
@@ -84,15 +84,19 @@ class RunWatch:
         """Draw the crops of the run's first batch; a resumed run keeps the picture it has."""
         from dinov2cli.report.crops import crops_sheet
 
-        file = self._out.path / CROPS_FILE
+        file, patch_size = self._out.path / CROPS_FILE, next(iter(self._patch_sizes.values()))
         if not file.is_file():
-            self._write_picture(CROPS_FILE, crops_sheet(global_crops, local_crops, masks, self._patch_size), "crops", 0)
+            self._write_picture(CROPS_FILE, crops_sheet(global_crops, local_crops, masks, patch_size), "crops", 0)
 
-    def evaluate(self, backbone: Any, step: int) -> dict[str, float]:
-        """Metrics of the teacher's backbone at `step`, {"knn": …} or nothing; draws the PCA maps on the way."""
+    def evaluate(self, backbone: Any, step: int, name: str = "") -> dict[str, float]:
+        """Metrics of a moving average's backbone at `step`, {"knn": …} or nothing; draws the PCA maps on the way.
+
+        `name` is that of the student, where there are several."""
         self._evaluated = True
-        if self._maps is not None and (picture := self._maps(backbone)) is not None:
-            self._write_picture(f"{MAPS_FOLDER}/step_{step:08d}.png", picture, "pca", step)
+        maps = self._maps.get(self._patch_sizes[name])
+        if maps is not None and (picture := maps(backbone)) is not None:
+            folder = f"{MAPS_FOLDER}/{name}" if name else MAPS_FOLDER
+            self._write_picture(f"{folder}/step_{step:08d}.png", picture, f"pca/{name}" if name else "pca", step)
         return self._knn(backbone, step) if self._knn is not None else {}
 
     def on_metrics(self, line: Mapping[str, Any], total: int) -> None:
@@ -112,21 +116,23 @@ class RunWatch:
         self._evaluated, self._written = False, time.monotonic()
         self._cost = self._written - started
 
-    def _evaluations(self, config: "PretrainConfig", source: "ImageSource", precision: str) -> tuple[Any, Any]:
-        """What runs every `eval.every` steps: k-NN and PCA maps, each None where it is not wanted or not possible."""
+    def _evaluations(self, config: "TrainingConfig", source: "ImageSource", precision: str) -> tuple[Any, Any]:
+        """What runs every `eval.every` steps: k-NN (None where it is not wanted or not possible), and PCA maps by patch
+        size ({} where they are not wanted)."""
         from dinov2cli.artifacts.run import Journal
         from dinov2cli.cli.assembly import preprocess_of
         from dinov2cli.evaluation.online import OnlineKnn, has_labels
         from dinov2cli.report.feature_maps import FeatureMaps
 
         if not config.eval.every:
-            return None, None
+            return None, {}
         common = {
             "preprocess": preprocess_of(config, config.crops.global_size),
             "seed": config.seed,
             "precision": precision,
         }
-        maps = FeatureMaps(source, patch_size=self._patch_size, **common) if self._pictures else None
+        wanted = set(self._patch_sizes.values()) if self._pictures else ()
+        maps = {size: FeatureMaps(source, patch_size=size, **common) for size in wanted}
         if has_labels(source):
             return OnlineKnn(source, **common), maps
         instead = "every eval.every steps gives PCA maps only" if maps else "eval.every has nothing to do"
@@ -154,7 +160,7 @@ class Follower:
     def callbacks(self, ranks: Ranks) -> dict[str, Callable | None]:
         """Keyword arguments for `train`: it evaluates when the main one does, for the model is put together then."""
         evaluates = ranks.first(lambda: True)
-        return {"evaluate": (lambda _backbone, _step: {}) if evaluates else None}
+        return {"evaluate": (lambda _backbone, _step, _name: {}) if evaluates else None}
 
     def write_report(self) -> None:
         """Nothing."""
@@ -162,27 +168,35 @@ class Follower:
 
 def run_page(path: Path) -> str:
     """The report of a run directory as HTML text, from the files in it, finished or not."""
+    from dinov2cli.artifacts.manifest import recorded_config
     from dinov2cli.artifacts.run import read_findings, read_metrics
+    from dinov2cli.cli.distill_report import read_side_by_side
     from dinov2cli.report.run import run_report
 
-    maps = _map_files(path)
-    shown = dict([maps[0], maps[-1]]) if maps else {}
     crops, recipe = path / CROPS_FILE, path / CONFIG_FILE
     return run_report(
         read_metrics(path),
         title=path.name,
         messages=read_findings(path),
         crops=crops.read_bytes() if crops.is_file() else None,
-        maps=[(step, file.read_bytes()) for step, file in shown.items()],
+        maps=_shown_maps(path),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        distilled=distilled(recorded_config(path) or {}),
+        beside=read_side_by_side(path),
     )
 
 
-def files_of(config: "PretrainConfig") -> list[str]:
+def distilled(config: Mapping[str, Any]) -> bool:
+    """Whether the settings that a run was begun with (of its manifest) are those of a distillation."""
+    return "average" in config
+
+
+def files_of(config: "TrainingConfig") -> list[str]:
     """Names of what a run with these settings writes, for --dry-run."""
     pictures = [CROPS_FILE, *([f"{MAPS_FOLDER}/"] if config.eval.every else [])] if config.log.pictures else []
     board = [f"{BOARD_FOLDER}/"] if config.log.tensorboard else []
-    run = [CONFIG_FILE, "metrics.jsonl", "log.txt", "checkpoints/", "export/"]
+    names = [f"export/{name}/" if name else "export/" for name in config.learners()]
+    run = [CONFIG_FILE, "metrics.jsonl", "log.txt", "checkpoints/", *names]
     return [*run, *pictures, *board, REPORT_FILE, "manifest.json"]
 
 
@@ -221,17 +235,28 @@ class _Board:
         self._writer.close()
 
 
-def _map_files(path: Path) -> list[tuple[int, Path]]:
-    """(step, file) of every PCA map of a run, by step."""
-    found = ((file.stem.removeprefix("step_"), file) for file in (path / MAPS_FOLDER).glob("step_*.png"))
-    return sorted((int(step), file) for step, file in found if step.isdigit())
+def _map_files(path: Path) -> dict[str, list[tuple[int, Path]]]:
+    """(step, file) of every PCA map of a run, by step, for each student by name ("" where one is alone)."""
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for file in sorted((path / MAPS_FOLDER).rglob("step_*.png")):
+        name = "" if file.parent.name == MAPS_FOLDER and file.parent.parent == path else file.parent.name
+        if (step := file.stem.removeprefix("step_")).isdigit():
+            found.setdefault(name, []).append((int(step), file))
+    return {name: sorted(files) for name, files in found.items()}
+
+
+def _shown_maps(path: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """The first and the newest map of every student."""
+    shown = {name: dict([files[0], files[-1]]) for name, files in _map_files(path).items()}
+    return {name: [(step, file.read_bytes()) for step, file in files.items()] for name, files in shown.items()}
 
 
 def _forget_maps(path: Path, step: int) -> None:
     """Remove maps past the step that a run goes on from, as its metrics are: it draws them again where they are due."""
-    for drawn, file in _map_files(path):
-        if drawn > step:
-            file.unlink(missing_ok=True)
+    for files in _map_files(path).values():
+        for drawn, file in files:
+            if drawn > step:
+                file.unlink(missing_ok=True)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

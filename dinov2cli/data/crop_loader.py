@@ -1,7 +1,8 @@
 """Endless shuffled crops for training, resumable at any image.
 
 The order is a function of (seed, epoch), the pixels of a crop are one of (seed, epoch, sample): neither depends on the
-number of workers, ranks, or on where a run was stopped. Positions count images over all ranks.
+number of workers, ranks, or on where a run was stopped. Positions count images over all ranks. With a number of `views`
+an image is shown in that many ways, over and over.
 """
 
 import math
@@ -49,6 +50,7 @@ class CropLoader:
         shuffle, window: how an epoch is mixed, see `Visits`.
         max_deaths: workers that may die (and be replaced) before the run stops.
         pin: lock the batches' memory for a GPU to read.
+        views: crops of an image repeat after so many epochs, pixel for pixel; None: they are new in every epoch.
     """
 
     def __init__(
@@ -70,13 +72,19 @@ class CropLoader:
         window: int = 16,
         max_deaths: int = MAX_DEATHS,
         pin: bool = False,
+        views: int | None = None,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}")
+        if batch_size < 1 or not 0 <= rank < world_size or (views is not None and views < 1):
+            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}, {views} views")
         self.bad = BadImages() if bad is None else bad
         self.position = start_step * batch_size * world_size
         self._source, self._crop = source, crop
-        self._settings: dict[str, Any] = {"seed": seed, "max_pixels": max_pixels, "scaled": scaled_decode}
+        self._settings: dict[str, Any] = {
+            "seed": seed,
+            "max_pixels": max_pixels,
+            "scaled": scaled_decode,
+            "views": views,
+        }
         self._batch_size = batch_size
         self._visits = Visits(source, seed, shuffle=shuffle, window=window)
         self._workers = workers
@@ -100,7 +108,8 @@ class CropLoader:
         """Batches from the current position on, without end:
 
         global_crops uint8 [2, B, 3, S, S], local_crops uint8 [L, B, 3, s, s], index int64 [B] (row of the image used),
-        epoch int64 [B]. The crops lie in memory as [.., S, S, 3] and hold until the next batch is asked for.
+        epoch int64 [B] (with `views` the number of the view: what keys the colours too). The crops lie in memory as
+        [.., S, S, 3] and hold until the next batch is asked for.
 
         Raises:
             InputError: too many unreadable images.
@@ -176,17 +185,25 @@ class CropLoader:
 _Task = tuple[int, int, list[int], list[int]]
 """Slot of the ring, place in its batch, rows and their epochs."""
 _Part = tuple[list[tuple[int, int]] | None, list[tuple[str, str]]]
-"""(row, epoch) of the images used, None where there was none to be had, and (name, reason) of those unreadable."""
+"""(row, epoch or view) of the images used, None where there was none, and (name, reason) of those unreadable."""
 
 
 class _CropReader:
     """Fills a part of a batch in the ring; runs in a worker."""
 
     def __init__(
-        self, source: ImageSource, crop: MultiCrop, ring: Ring, *, seed: int, max_pixels: int, scaled: bool
+        self,
+        source: ImageSource,
+        crop: MultiCrop,
+        ring: Ring,
+        *,
+        seed: int,
+        max_pixels: int,
+        scaled: bool,
+        views: int | None = None,
     ) -> None:
         self._source, self._crop, self._ring = source, crop, ring
-        self._seed, self._max_pixels, self._scaled = seed, max_pixels, scaled
+        self._seed, self._max_pixels, self._scaled, self._views = seed, max_pixels, scaled, views
         self._decoder, self._scratch = Decoder(), Scratch()
 
     def name(self, item: int) -> str:
@@ -202,8 +219,11 @@ class _CropReader:
             found = self._fill(into, row, epoch, failures, hand)
             if found is None:
                 return None, failures
-            used.append((found, epoch))
+            used.append((found, self._view(epoch)))
         return used, failures
+
+    def _view(self, epoch: int) -> int:
+        return epoch if self._views is None else epoch % self._views
 
     def _fill(
         self, into: Sequence[Tensor], due: int, epoch: int, failures: list[tuple[str, str]], hand: Hand
@@ -223,13 +243,16 @@ class _CropReader:
         return None
 
     def _crops(self, into: Sequence[Tensor], row: int, due: int, epoch: int, hand: Hand) -> None:
-        """Crops of one row, keyed by the one that was due: a stand-in differs from its own turn in the epoch."""
+        """Crops of one row, keyed by the one that was due: a stand-in differs from its own turn in the epoch.
+
+        Of a row with a number of views by itself: what is kept of its views holds for a stand-in too.
+        """
         name = self._source.name(row)
         if hand.deadly(row):
             raise BadImage(name, DEADLY)
         opened = open_image(self._source.read(row), name=name, max_pixels=self._max_pixels)
         displayed = opened.height, opened.width
-        cuts = self._crop.draw(*displayed, self._seed, epoch, due)
+        cuts = self._crop.draw(*displayed, self._seed, self._view(epoch), due if self._views is None else row)
         shrink = self._crop.shrink(cuts) if self._scaled else 1
         pixels = self._decoder.stored(opened, shrink)
         self._crop.cut(pixels, cuts, displayed, into, self._scratch, opened.orientation, shrink)

@@ -150,6 +150,12 @@ def _load_directory(path: Path, name: str, meta: bool) -> LoadedModel:
     """A run, a Hugging Face or a timm directory, told apart by what is inside."""
     if has_manifest(path):
         require_kind(path, "run", complete=False)
+        students = sorted(inside.parent.name for inside in (path / "export").glob("*/config.json"))
+        if students and not (path / "export" / "config.json").is_file():
+            raise InputError(
+                f"{path} is a run of several students; expected one of them: "
+                f"{' or '.join(str(path / 'export' / student) for student in students)}"
+            )
         if not (path / "export" / "config.json").is_file():
             raise InputError(
                 f"{path} is a run without an export yet: let it finish (run the same command again to continue it), "

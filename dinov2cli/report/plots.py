@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dinov2cli.report.canvas import INCHES, heading, new_figure, svg
 from dinov2cli.report.palette import LIGHT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOSS_NAMES = {
     "loss/total": "Total loss",
@@ -15,9 +19,12 @@ LOSS_NAMES = {
     "loss/dino_global": "DINO, global crops",
     "loss/ibot": "iBOT, masked patches",
     "loss/koleo": "KoLeo, spread of features",
+    "loss/feature": "Features of the teacher",
+    "loss/gram": "Gram, patch similarities",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
 }
+_LINES = ("accent", "warm", "good", "bad", "muted")
 _SMOOTH_FROM = 60  # points; shorter curves are shown as they are
 _POINTS = 3000  # more than a chart has pixels; longer curves are averaged in groups
 
@@ -45,41 +52,87 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
     return table[:, 0], table[:, 1]
 
 
-def loss_curves(rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None = None) -> str:
+def loss_curves(
+    rows: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | None = None, students: Sequence[str] = ()
+) -> str:
     """One small chart per metric of `metrics.jsonl` over the steps: the loss and its terms, learning rate, gradients.
 
-    `keys` picks metrics, else every `loss/…` present, then `lr` and `grad_norm`. Long curves get an average over the
-    raw line. Raises ValueError if no row has any of them.
+    `keys` picks metrics, else every `loss/…` present, then `lr` and `grad_norm`. Of several `students` a chart shows
+    what each has of a metric (`NAME/KEY`), one line for each, else what they share. Long curves get an average over
+    the raw line. Raises ValueError if no row has any of them.
     """
     if keys is None:
-        terms = {key for row in rows for key in row if key.startswith("loss/")}
+        terms = {plain_key(key, students) for row in rows for key in row}
+        terms = {key for key in terms if key.startswith("loss/")}
         known = [key for key in LOSS_NAMES if key in terms]
         keys = [*known, *sorted(terms - set(known)), "lr", "grad_norm"]
-    curves = [(key, *_series(rows, key)) for key in keys]
-    curves = [curve for curve in curves if len(curve[1])]
-    if not curves:
+    charts = [(key, _lines(rows, key, students)) for key in keys]
+    charts = [(key, lines) for key, lines in charts if lines]
+    if not charts:
         raise ValueError(f"no finite value of {', '.join(keys)} in {len(rows)} rows of metrics")
-    columns = 4 if len(curves) in (4, 7, 8) else min(3, len(curves))
-    lines = math.ceil(len(curves) / columns)
-    figure, axes = new_figure(lines, columns, (1.7 if columns == 4 else 2.0) * lines, INCHES * min(1, columns / 3))
-    for axis, (key, steps, values) in zip(axes, curves, strict=False):
-        long = len(values) >= _SMOOTH_FROM and key != "lr"
-        # One point makes no line: a run that has just begun shows it as a dot.
-        marker = "o" if len(values) == 1 else ""
-        colour = LIGHT["soft" if long else "accent"]
-        axis.plot(steps, values, color=colour, linewidth=0.8 if long else 1.6, marker=marker, markersize=4)
-        if long:
-            axis.plot(steps, smooth(values), color=LIGHT["accent"], linewidth=1.6)
+    columns = 4 if len(charts) in (4, 7, 8) else min(3, len(charts))
+    height = math.ceil(len(charts) / columns)
+    figure, axes = new_figure(height, columns, (1.7 if columns == 4 else 2.0) * height, INCHES * min(1, columns / 3))
+    for axis, (key, lines) in zip(axes, charts, strict=False):
+        for number, (steps, values) in lines.items():
+            _draw_line(axis, steps, values, None if number is None else _LINES[number % len(_LINES)], raw=key == "lr")
         heading(axis, LOSS_NAMES.get(key, key))
         axis.margins(x=0.01)
         axis.locator_params(axis="both", nbins=4)
         if key == "lr":
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    for axis in axes[len(curves) :]:
+    for axis in axes[len(charts) :]:
         axis.set_visible(False)
-    for axis in axes[max(0, len(curves) - columns) : len(curves)]:
+    for axis in axes[max(0, len(charts) - columns) : len(charts)]:
         axis.set_xlabel("step", fontsize=9, color=LIGHT["muted"])
+    if students:
+        _name_lines(figure, axes[0], students)
     return svg(figure)
+
+
+def plain_key(key: str, students: Sequence[str]) -> str:
+    """A metric without the name of one of these students in front of it."""
+    return next((key.removeprefix(f"{name}/") for name in students if key.startswith(f"{name}/")), key)
+
+
+def _lines(
+    rows: Sequence[Mapping[str, Any]], key: str, students: Sequence[str]
+) -> dict[int | None, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of a metric by the number of the student; None: of no one in particular."""
+    own = {number: _series(rows, f"{name}/{key}") for number, name in enumerate(students)}
+    found: dict[int | None, tuple[np.ndarray, np.ndarray]] = {n: line for n, line in own.items() if len(line[1])}
+    if not found and len((line := _series(rows, key))[1]):
+        found[None] = line
+    return found
+
+
+def _draw_line(axis: "Axes", steps: np.ndarray, values: np.ndarray, name: str | None, *, raw: bool) -> None:
+    """One curve; a long one as its average over the raw line. Several in a chart have a colour each."""
+    long = len(values) >= _SMOOTH_FROM and not raw
+    # One point makes no line: a run that has just begun shows it as a dot.
+    marker = "o" if len(values) == 1 else ""
+    colour = LIGHT["soft" if long and name is None else name or "accent"]
+    alpha = 0.35 if long and name is not None else None
+    axis.plot(steps, values, color=colour, linewidth=0.8 if long else 1.6, marker=marker, markersize=4, alpha=alpha)
+    if long:
+        axis.plot(steps, smooth(values), color=LIGHT[name or "accent"], linewidth=1.6)
+
+
+def _name_lines(figure: "Figure", axis: "Axes", students: Sequence[str]) -> None:
+    """Say which colour is whose."""
+    for number, name in enumerate(students):
+        axis.plot([], [], color=LIGHT[_LINES[number % len(_LINES)]], linewidth=1.6, label=name)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=len(students),
+        frameon=False,
+        fontsize=9,
+        labelcolor=LIGHT["ink"],
+        handlelength=1.4,
+    )
 
 
 def comparison_bars(

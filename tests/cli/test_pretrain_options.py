@@ -105,8 +105,8 @@ def test_a_run_is_the_same_over_other_ranks():
 
 
 def test_overwrite_is_done_once_when_a_launcher_starts_again(monkeypatch):
-    from dinov2cli.cli.pretrain import _restarted
     from dinov2cli.cli.talk import Talk
+    from dinov2cli.cli.training import _restarted
 
     talk = Talk(quiet=True)
     assert not _restarted(talk)

@@ -9,15 +9,16 @@ import pytest
 
 from dinov2cli.evaluation.tasks.registry import TASKS
 from tests.cli.conftest import TINY
+from tests.cli.distill_runs import SMALL
 
 COMMANDS = [
-    *("embed", "dedup", "curate", "pack", "pretrain", "export", "eval compare", "eval suite"),
+    *("embed", "dedup", "curate", "pack", "pretrain", "distill", "export", "eval compare", "eval suite"),
     *(f"eval {task}" for task in TASKS),
     *("demo", "doctor", "info", "bench", "recipes"),
 ]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["pretrain", "--help"], ["eval", "depth", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["distill", "--help"], ["eval", "depth", "--help"]])
 def test_help_and_version_are_quick_and_without_torch(arguments):
     """Under half a second of processor time; wall time on a shared machine says nothing."""
     code = f"""
@@ -45,7 +46,7 @@ def test_every_command_explains_itself(dinov2, command):
 
 
 @pytest.mark.parametrize(
-    "command", ["embed", "dedup", "curate", "pack", "pretrain", *(f"eval {task}" for task in TASKS)]
+    "command", ["embed", "dedup", "curate", "pack", "pretrain", "distill", *(f"eval {task}" for task in TASKS)]
 )
 def test_common_options_are_the_same_everywhere(dinov2, command):
     text = dinov2(*command.split(), "--help").out
@@ -63,8 +64,7 @@ def test_unknown_commands_and_options_are_usage_errors(dinov2):
 
 
 def test_commands_not_built_yet_are_absent(dinov2):
-    for command in ("distill", "fairness"):
-        assert dinov2(command, "--help").code == 2
+    assert dinov2("fairness", "--help").code == 2
 
 
 def test_unexpected_errors_are_one_line(dinov2, monkeypatch):
@@ -88,6 +88,7 @@ def test_dry_runs_write_nothing(dinov2, photos, tmp_path):
         "curate": ["curate", photos, "-m", "tiny", "--target-size", "20"],
         "pack": ["pack", photos],
         "pretrain": ["pretrain", photos, *TINY],
+        "distill": ["distill", photos, "-t", "tiny", *SMALL],
         "demo": ["demo"],
         "eval": ["eval", "knn", "tiny", "--train", f"{photos}?label=folder", "--test", f"{photos}?label=folder"],
     }
@@ -114,6 +115,7 @@ def test_recipes_are_listed_shown_copied_and_checked(dinov2, tmp_path):
     assert copy.read_text() == shown
     assert dinov2("recipes", "cp", "tiny-cpu", copy).code == 2  # never over an existing file
     assert dinov2("recipes", "validate", copy).code == 0
+    assert "valid, for `dinov2 distill`" in dinov2("recipes", "validate", "distill-vits14").err
     copy.write_text(shown + "\noptimm: {lr: 1}\n")
     done = dinov2("recipes", "validate", copy)
     assert done.code == 2
@@ -123,4 +125,4 @@ def test_recipes_are_listed_shown_copied_and_checked(dinov2, tmp_path):
 def test_bench_refuses_unknown_names(dinov2):
     done = dinov2("bench", "nothing")
     assert done.code == 2
-    assert re.search(r"no such benchmark; expected one of data, train, attention, losses", done.err)
+    assert re.search(r"no such benchmark; expected one of data, train, distill, attention, losses", done.err)

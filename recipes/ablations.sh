@@ -10,9 +10,11 @@
 #   ladder       from an iBOT-like baseline to the full method, each row adding to the one before
 #   data         one recipe on sets of equal size out of one pool: uncurated (drawn at random), curated (those nearest to
 #                curated images), balanced (spread evenly over clusters), and those curated images alone
+#   distill      one small model: trained from scratch, and distilled from a larger one by the teacher's heads, by learned
+#                heads, by features and with Gram matching, as long each; every difference from scratch with its interval
 #
 # Options
-#   --study NAME              loss, resolution, size, ladder or data
+#   --study NAME              loss, resolution, size, ladder, data or distill
 #   --data DATA               images to train on; their labels serve the measuring only        (not for data)
 #   --test DATA               labelled images to measure on
 #   -o, --out OUT             OUT/NAME/ARM-sSEED/ holds run/ and results, OUT/NAME/table.md and table.csv the summary
@@ -50,6 +52,12 @@
 #   --size N                  images of each set
 #   --embed MODEL             gives the features that images are chosen by    (default: tiny, untrained: colour, texture)
 #   --embed-pool NAME         cls, mean or cls+mean                  (default: cls; mean for the untrained model)
+# distill; the defaults fit tiny-cpu
+#   --teacher MODEL           a model you have               (default: pretrained here, by --config for --budget)
+#   --distill-config RECIPE   recipe of distillation                                     (default: distill-tiny-cpu)
+#   --distill-budget AMOUNT   length of the small model's runs, from scratch and distilled     (default: as --budget)
+#   --student LIST            settings of the small model, from scratch and distilled
+#                             (default: model.arch=vitt8,model.embed_dim=64,model.depth=3,model.num_heads=1)
 #
 # Examples
 #   recipes/ablations.sh --study loss --data demo:photos --test 'demo:photos?split=test' -o ablations --seeds 0,1
@@ -63,6 +71,9 @@
 #     --ladder-drop-path 0.4
 #   recipes/ablations.sh --study data --pool unique --query 'train/?label=folder' --test 'val/?label=folder' \
 #     --size 1000000 --embed facebook/dinov2-small -o ablations --config vits14-short --budget '100000 steps'
+#   recipes/ablations.sh --study distill --data train/ --test 'val/?label=folder' --train 'train/?label=folder' \
+#     -o ablations --teacher run --config vits14-short --distill-config distill-vits14 --student model.arch=vits14 \
+#     --distill-budget '100000 steps' --tasks knn,linear
 #
 # The same line again continues where it stopped. An arm that fails is named in the table and the others go on; the exit
 # code is then 1. 0 done, 2 usage, 75 and 130 stopped by a signal.
@@ -71,6 +82,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=recipes/commands.sh
 . "$here/commands.sh"
+# shellcheck source=recipes/ablations_distill.sh
+. "$here/ablations_distill.sh"
 study='' data='' test='' train='' out='' config=tiny-cpu budget='' seeds=0 tasks=knn only='' dry=''
 low=32 high=64 phase_budget='100 steps' archs=vitt8:64x4x1,vitt8,vitt8:192x6x3
 patch=16,8 local_crop='' prototypes=64,128 momentum=0.987,0.98 warmup=0.05,0.1 batch=32,64 layerscale=1.0 drop_path=0.1
@@ -90,7 +103,7 @@ while [[ $# -gt 0 ]]; do
   case $option in
     --study | --data | --test | --train | -o | --out | --config | --budget | --seeds | --tasks | --only | --set | \
       --device | --workers | --low | --high | --phase-budget | --archs | --ladder-* | --pool | --query | --size | \
-      --embed | --embed-pool) ;;
+      --embed | --embed-pool | --teacher | --distill-config | --distill-budget | --student) ;;
     *) fail "unknown option $option" ;;
   esac
   [[ $# -gt 0 && -n $1 ]] || fail "$option needs a value"
@@ -116,6 +129,10 @@ while [[ $# -gt 0 ]]; do
     --size) amount=$1 ;;
     --embed) embed=$1 ;;
     --embed-pool) embed_pool=$1 ;;
+    --teacher) teacher=$1 ;;
+    --distill-config) distill_config=$1 ;;
+    --distill-budget) distill_budget=$1 ;;
+    --student) student=$1 ;;
     --ladder-patch) patch=$1 ;;
     --ladder-local) local_crop=$1 ;;
     --ladder-prototypes) prototypes=$1 ;;
@@ -143,6 +160,7 @@ train=${train:-${data:-$query}}
 [[ ${amount:-1} =~ ^[1-9][0-9]*$ ]] || fail "--size $amount: expected a number of images"
 [[ $study != data || $budget != *epoch* ]] ||
   fail "--budget '$budget': the sets may differ in size; expected steps or images, so that all runs see as many"
+[[ $student =~ ^[^=,\ ]+=[^,\ ]+(,[^=,\ ]+=[^,\ ]+)*$ ]] || fail "--student $student: expected KEY=VALUE,KEY=VALUE"
 for pair in patch:"$patch" prototypes:"$prototypes" momentum:"$momentum" warmup:"$warmup" batch:"$batch" \
   local:"${local_crop:-0,0}"; do
   [[ ${pair#*:} =~ ^[0-9.]+,[0-9.]+$ ]] || fail "--ladder-${pair%%:*} ${pair#*:}: expected two numbers, FROM,TO"
@@ -234,7 +252,10 @@ case $study in
     arm balanced "images spread evenly over clusters of the pool"
     arm query-only "the query images"
     ;;
-  *) fail "--study $study: expected loss, resolution, size, ladder or data" ;;
+  distill)
+    distil_arms
+    ;;
+  *) fail "--study $study: expected loss, resolution, size, ladder, data or distill" ;;
 esac
 
 for name in ${only//,/ }; do
@@ -282,6 +303,11 @@ choose() { # ARM PLACE
   esac
 }
 
+pretrain() { # PLACE STEP RUN BUDGET OPTION…
+  step "$1" "$2" "${dinov2[@]}" pretrain "$data" -o "$3" --config "$config" ${4:+--budget "$4"} --seed "$seed" \
+    ${common[@]+"${common[@]}"} "${@:5}" ${machine[@]+"${machine[@]}"}
+}
+
 finish() { # EXIT_CODE: make the table of what there is
   "$python" "$here/ablations_table.py" "$out/$study" >&2 || exit 1
   [[ -t 1 ]] || echo "$out/$study/table.md"
@@ -295,6 +321,7 @@ if [[ -z $dry ]]; then
     printf 'results'
     for task in ${tasks//,/ }; do for size in "${sizes[@]}"; do printf '\t%s' "$task${size:+-$size}"; done; done
     echo
+    [[ -z $teacher ]] || printf 'given\tteacher\n'
     for i in "${!names[@]}"; do printf 'arm\t%s\t%s\n' "${names[i]}" "${shown[i]}"; done
   } >"$out/$study/study.tsv"
 fi
@@ -316,17 +343,22 @@ for seed in ${seeds//,/ }; do
       own=() data=$out/$study/sets/${names[i]}
       choose "${names[i]}" "$place" || continue
     fi
-    step "$place" pretrain "${dinov2[@]}" pretrain "$data" -o "$place/run" --config "$config" \
-      ${budget:+--budget "$budget"} --seed "$seed" ${common[@]+"${common[@]}"} ${own[@]+"${own[@]}"} \
-      ${machine[@]+"${machine[@]}"} || continue
+    model=$place/run
+    if [[ $study == distill ]]; then
+      [[ ${names[i]} != teacher || -z $teacher ]] || model=$teacher
+      distil "${names[i]}" "$place" ${own[@]+"${own[@]}"} || continue
+    else
+      pretrain "$place" pretrain "$model" "$budget" ${own[@]+"${own[@]}"} || continue
+    fi
     for task in ${tasks//,/ }; do
       for size in "${sizes[@]}"; do
         result=$task${size:+-$size}
-        step "$place" "$result" "${dinov2[@]}" eval "$task" "$place/run" --train "$train" --test "$test" \
+        step "$place" "$result" "${dinov2[@]}" eval "$task" "$model" --train "$train" --test "$test" \
           -o "$place/$result" ${size:+--set "image_size=$size"} ${machine[@]+"${machine[@]}"} || true
       done
     done
   done
+  [[ $study != distill ]] || differences
 done
 
 [[ -n $dry ]] || finish "$failed"

@@ -18,6 +18,7 @@ import pytest
 
 from dinov2cli.artifacts.selection import open_selection
 from dinov2cli.data.source import open_source
+from dinov2cli.evaluation.comparison import compare_results
 from tests.served import served
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,10 @@ SETS = ["--study", "data", "--pool", POOL, "--query", QUERY, "--test", TEST, "-o
 STUB = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 trap 'exit 75' TERM
-case "$*" in *no-koleo* | embed*count=50*) exit "$CODE" ;; *sleep*) sleep 20 & wait ;; esac
+case "$*" in
+  *no-koleo* | embed*count=50* | pretrain*teacher-s0* | distill*learned*) exit "$CODE" ;;
+  *sleep*) sleep 20 & wait ;;
+esac
 """
 
 
@@ -106,7 +110,7 @@ def test_help_names_every_option(ablations):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (study("depth"), "loss, resolution, size, ladder or data"),
+        (study("depth"), "loss, resolution, size, ladder, data or distill"),
         (study("loss", "--sedes", "1"), "unknown option --sedes"),
         (study("loss", "--ladder-steps=1,2"), "unknown option --ladder-steps"),
         (study("loss", "--only", "full,koleo"), "the arms of loss are full no-koleo"),
@@ -120,6 +124,8 @@ def test_help_names_every_option(ablations):
         (SETS[:-2], "--size is missing"),
         ([*SETS, "--size", "many"], "--size many"),
         ([*SETS, "--budget", "2 epochs"], "--budget '2 epochs': the sets may differ in size"),
+        (study("distill", "--student", "model.arch"), "--student model.arch: expected KEY=VALUE,KEY=VALUE"),
+        (study("distill", "--only", "heads"), "the arms of distill are teacher scratch distill-heads"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(ablations, tmp_path, arguments, told):
@@ -331,3 +337,145 @@ def test_set_that_cannot_be_chosen_fails_its_arms_alone(ablations, tmp_path, stu
     rows = table(tmp_path / "out dir" / "data" / "table.csv")
     assert rows["query-only"]["state"] == "seed 0: images failed (exit 1)"
     assert rows["query-only"]["changed"] == "the query images"
+
+
+STUDENT = "model.arch=tiny,model.embed_dim=64,model.depth=2,model.num_heads=1"
+DISTILLED = ["distill-heads", "distill-learned", "features-cosine", "features-smooth-l1", "gram"]
+
+
+def test_study_of_distillation_gives_all_small_models_the_same(ablations, tmp_path):
+    """One teacher a seed; from scratch and distilled have the same data, length, seed and architecture."""
+    more = ["--budget", "9 steps", "--distill-budget", "5 steps", "--student", STUDENT, "--distill-config", "mine.yaml"]
+    done = ablations(*study("distill", *more, "--seeds", "0,1", "--tasks", "knn,linear", "--dry-run"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not list(tmp_path.iterdir())
+    lines = [shlex.split(line.replace("python -m dinov2cli", "dinov2"))[1:] for line in done.stdout.splitlines()]
+    small = [word for setting in STUDENT.split(",") for word in ("--set", setting)]
+    for seed in "01":
+        place = "out dir/distill/{}-s" + seed
+        runs = [
+            words for words in lines if words[0] in ("pretrain", "distill") and words[words.index("--seed") + 1] == seed
+        ]
+        arms = ["teacher", "scratch", *DISTILLED]
+        assert [words[words.index("-o") + 1] for words in runs] == [f"{place}/run".format(arm) for arm in arms]
+        assert {words[1] for words in runs} == {DATA}
+        assert [words[words.index("--budget") + 1] for words in runs] == ["9 steps", *["5 steps"] * 6]
+        teacher, scratch, *distilled = runs
+        assert "--set" not in teacher and scratch[-8:] == small
+        assert all(words[words.index("--teacher") + 1] == f"{place}/run".format("teacher") for words in distilled)
+        assert all(words[words.index("--config") + 1] == "mine.yaml" for words in distilled)
+        own = {arm: words[words.index(small[-1]) + 1 :][1::2] for arm, words in zip(DISTILLED, distilled, strict=True)}
+        assert own["distill-heads"] == ["teacher.heads=run"] and own["distill-learned"] == ["teacher.heads=learned"]
+        assert own["gram"] == ["loss.gram_weight=1"]
+        assert own["features-smooth-l1"][-2:] == ["loss.feature_weight=1", "loss.feature=smooth_l1"]
+        compared = [
+            words[2:] for words in lines if words[:2] == ["eval", "compare"] and place.format("scratch") in words[2]
+        ]
+        assert [words[1] for words in compared] == [
+            f"{place}/{task}".format(arm) for arm in arms if arm != "scratch" for task in ("knn", "linear")
+        ]
+        assert all(Path(words[0]).name == Path(words[1]).name and words[1] in words[-1] for words in compared)
+
+
+def test_teacher_that_is_there_is_measured_only(ablations):
+    done = ablations(*study("distill", "--teacher", "large model", "--only", "teacher,gram", "--dry-run"))
+    lines = [shlex.split(line.replace("python -m dinov2cli", "dinov2"))[1:] for line in done.stdout.splitlines()]
+    assert [words[:3] for words in lines[:3]] == [
+        ["eval", "knn", "large model"],
+        ["distill", DATA, "--teacher"],
+        ["eval", "knn", "out dir/distill/gram-s0/run"],
+    ]
+    assert lines[1][3] == "large model"
+
+
+def test_students_of_a_teacher_that_failed_are_not_trained(ablations, tmp_path, stub):
+    done = ablations(*study("distill"), **stub)
+    assert done.returncode == 1
+    calls = [call.split()[0] for call in Path(stub["CALLS"]).read_text().splitlines()]
+    assert calls == ["pretrain", "pretrain", "eval"]  # the teacher, and what needs none
+    rows = table(tmp_path / "out dir" / "distill" / "table.csv")
+    assert rows["teacher"]["state"] == "seed 0: pretrain failed (exit 1)"
+    assert rows["gram"]["state"] == "seed 0: teacher failed (not made)"
+    assert "unfinished" in rows["scratch"]["state"]
+
+
+def test_form_of_distillation_that_fails_leaves_the_others(ablations, tmp_path, stub):
+    done = ablations(*study("distill", "--teacher", "x", "--only", "distill-learned,gram"), **stub)
+    assert done.returncode == 1
+    calls = [call.split()[:2] for call in Path(stub["CALLS"]).read_text().splitlines()]
+    assert calls == [["distill", DATA], ["distill", DATA], ["eval", "knn"]]
+    rows = table(tmp_path / "out dir" / "distill" / "table.csv")
+    assert rows["distill-learned"]["state"] == "seed 0: distill failed (exit 1)"
+
+
+DISTILL_RECIPE = """
+heads: {bottleneck: 16}
+crops: {global_size: 32, local_size: 16}
+report: {images: 0}
+"""
+
+
+def test_study_of_distillation_runs(ablations, tmp_path, quick, monkeypatch, capsys):
+    """Differences from scratch with intervals; every form of distillation is a valid command on that teacher."""
+    from dinov2cli.cli.main import run
+
+    (tmp_path / "mine.yaml").write_text(DISTILL_RECIPE)
+    given = ["--student", STUDENT, "--distill-config", "mine.yaml", *SHORT]
+    done = ablations(*study("distill", *given, "--only", "teacher,scratch,features-cosine"), PATH=quick)
+    assert done.returncode == 0, done.stderr
+    rows = table(tmp_path / "out dir" / "distill" / "table.csv")
+    assert list(rows) == ["teacher", "scratch", "features-cosine"]
+    assert {(row["steps"], row["images"], row["state"]) for row in rows.values()} == {("3", "48", "done")}
+    assert rows["scratch"]["changed"] == "pretrained from scratch by tiny-cpu"
+    assert rows["features-cosine"]["changed"].endswith("loss.feature_weight=1, loss.feature=cosine")
+    name = "knn/top1_k20"
+    for arm in ("teacher", "features-cosine"):
+        change, low, high = (float(rows[arm][f"{name}/{part}"]) for part in ("change", "change_low", "change_high"))
+        assert change == pytest.approx(float(rows[arm][name]) - float(rows["scratch"][name]))
+        found = compare_results([tmp_path / "out dir" / "distill" / f"{one}-s0" / "knn" for one in ("scratch", arm)])
+        assert (low, high) == (found.changes[0].change.low, found.changes[0].change.high)
+        assert low < change < high or arm != "teacher"  # so short a run leaves a student almost where it began
+    assert rows["scratch"][f"{name}/change_low"] == ""
+    assert f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in (
+        (tmp_path / "out dir" / "distill" / "table.md").read_text()
+    )
+    monkeypatch.chdir(tmp_path)
+    shown = ablations(*study("distill", *given, "--only", ",".join(DISTILLED), "--dry-run"))
+    commands = [shlex.split(line)[1:] for line in shown.stdout.splitlines()]
+    for words in (words for words in commands if words[0] == "distill" and "features-cosine-s0" not in str(words)):
+        assert run([*words, "--dry-run"]) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+
+
+def test_table_shows_paired_intervals_and_the_range_of_seeds(tmp_path):
+    place = tmp_path / "distill"
+    found = {("scratch", 0): 0.2, ("scratch", 1): 0.3, ("gram", 0): 0.4, ("gram", 1): 0.6, ("teacher", 0): 0.7}
+    for (arm, seed), value in found.items():
+        run, result, paired = (place / f"{arm}-s{seed}" / name for name in ("run", "knn", "knn-difference"))
+        for folder in (run, result, paired) if arm != "teacher" else (result, paired):
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text(json.dumps({"complete": True, "config": {"seed": seed}}))
+        if arm != "teacher":
+            (run / "metrics.jsonl").write_text('{"step": 6, "images": 60, "seconds": 30.0}\n')
+        row = {"metric": "top1_k20", "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
+        (result / "results.json").write_text(json.dumps([row]))
+        both = [{"metric": "top1_k20", "difference": None}]
+        both += [{"metric": "top1_k20", "difference": 0.5, "difference_low": 0.45, "difference_high": 0.55}]
+        if arm != "scratch":
+            (paired / "comparison.json").write_text(json.dumps(both))
+    lines = [
+        "command\tx",
+        "results\tknn",
+        "given\tteacher",
+        *(f"arm\t{arm}\tm={arm}" for arm in ("teacher", "scratch", "gram")),
+    ]
+    (place / "study.tsv").write_text("\n".join(lines) + "\n")
+    subprocess.run([sys.executable, str(ROOT / "recipes" / "ablations_table.py"), str(place)], check=True)
+    rows, name = table(place / "table.csv"), "knn/top1_k20"
+    ends = {arm: [float(row[f"{name}/{part}"] or "nan") for part in ("change", "change_low", "change_high")]
+            for arm, row in rows.items()}  # fmt: skip
+    assert ends["teacher"] == pytest.approx([0.5, 0.45, 0.55])  # one seed: the interval over images
+    assert ends["gram"] == pytest.approx([0.25, 0.2, 0.3])  # two: the lowest and the highest
+    assert rows["scratch"][f"{name}/change"] == ""
+    assert (rows["teacher"]["state"], rows["teacher"]["steps"]) == ("done", "")
+    text = (place / "table.md").read_text()
+    assert "+50.0 [+45.0, +55.0]" in text and "paired bootstrap" in text

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from dinov2cli.bench.peak import resident_peak, run_in_child
 from dinov2cli.errors import UserError
-from dinov2cli.models.flops import backbone_flops, head_flops, step_flops
+from dinov2cli.models.flops import (
+    backbone_flops,
+    distilled_student_flops,
+    frozen_teacher_flops,
+    heads_flops,
+    step_flops,
+)
 from dinov2cli.models.registry import architecture, build
 from dinov2cli.train.distill import DistillObjective, build_distill_model
 from dinov2cli.train.distillation import Distillation
@@ -245,17 +251,20 @@ def teacher_share(step: Step, rounds: int) -> float:
 
 
 def distill_flops(case: Case) -> dict[str, float]:
-    """Operations of a step PER IMAGE: the frozen teacher forward on two global crops, the student forward and backward
-    (three forward passes' worth) on all crops, its own moving average not at all; all patches meet the iBOT heads."""
-    wide, narrow = (architecture(name)["embed_dim"] for name in (case.teacher, case.student))
+    """Operations of a step PER IMAGE by part; all patches meet the iBOT heads."""
+    widths = (architecture(name)["embed_dim"] for name in (case.teacher, case.student))
+    wide, narrow = (heads_flops(width, prototypes=case.prototypes) for width in widths)
     patches = 2 * (case.global_size // architecture(case.student)["patch_size"]) ** 2
-    big, small = (backbone_flops(case.student, size) for size in (case.global_size, case.local_size))
-    return {
-        "teacher": 2 * backbone_flops(case.teacher, case.global_size),
-        "teacher heads": (2 + patches) * head_flops(wide, case.prototypes),
-        "student": 3 * (2 * big + case.local_number * small),
-        "heads": 3 * (2 + case.local_number + patches) * head_flops(narrow, case.prototypes),
-    }
+    looking = frozen_teacher_flops(backbone_flops(case.teacher, case.global_size), wide, patches)
+    return looking | distilled_student_flops(
+        case.student,
+        global_size=case.global_size,
+        local_size=case.local_size,
+        local_number=case.local_number,
+        heads=narrow,
+        classes=True,
+        patches=patches,
+    )
 
 
 def pretrain_flops(case: Case) -> float:

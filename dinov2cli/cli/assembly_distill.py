@@ -162,7 +162,7 @@ class DistillAssembly(Assembly):
         from dinov2cli.cli.watch import files_of
 
         models = {name: model.student for name, model in self.arguments["models"].items()}
-        said = facts(self.config, self.source, self._opened, models, self.arguments["method"].objective)
+        said = facts(self.config, self.source, self.parallel, self._opened, models, self.arguments["method"].objective)
         teacher = f"{_precision(self.config, self.parallel)}, {self.config.teacher.precision}"
         return {
             **said,

@@ -103,30 +103,16 @@ class PretrainAssembly(Assembly):
 
     def _footprint(self, masked: float) -> dict[str, float]:
         """Modelled memory of a rank, and what it sends in a step, for the run's own phase."""
-        from dinov2cli.kernels.attention import PLAIN_TOKENS
+        from dinov2cli.cli.assembly_sizes import batch_of, layout_of
         from dinov2cli.train.footprint import footprint
-        from dinov2cli.train.sizes import Batch, Layout, sizes_of
+        from dinov2cli.train.sizes import sizes_of
 
-        c, parallel, student = self.config, self.parallel, self.student
-        sharding = parallel.sharding
-        per_node = sharding.shard_ranks if sharding.kind == "hybrid" else parallel.ranks_per_node
+        c, student = self.config, self.student
+        checkpointing = student.backbone.activation_checkpointing
         return footprint(
             sizes_of(student.backbone, student.dino_head, student.ibot_head),
-            Batch(
-                images=c.data.batch_size,
-                **c.crops.model_dump(include={"global_size", "local_size", "local_number"}),
-                masked=masked,
-                precision=parallel.precision,
-                accumulate=c.train.accumulate,
-                checkpointing=student.backbone.activation_checkpointing,
-                plain_tokens=PLAIN_TOKENS if parallel.device.type == "cpu" and parallel.precision == "bf16" else 0,
-            ),
-            Layout(
-                sharding="ddp" if sharding.kind == "none" else sharding.kind,
-                ranks=parallel.world_size,
-                per_node=per_node,
-                reshard=sharding.reshard_after_forward,
-            ),
+            batch_of(c, self.parallel, masked=masked, checkpointing=checkpointing),
+            layout_of(self.parallel),
             iterations=c.loss.sinkhorn_iterations,
             koleo_global=c.koleo.scope == "global",
         )

@@ -1,12 +1,14 @@
 """What a distillation costs and what one should know of it, for --dry-run and the first lines of a run."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinov2cli.config import DistillConfig
     from dinov2cli.data.source import ImageSource
     from dinov2cli.train.open_teacher import OpenedTeacher
+    from dinov2cli.train.parallel import Parallel
 
 
 def parameters(module: Any) -> int:
@@ -15,7 +17,12 @@ def parameters(module: Any) -> int:
 
 
 def facts(
-    config: "DistillConfig", source: "ImageSource", opened: "OpenedTeacher", students: Mapping[str, Any], objective: Any
+    config: "DistillConfig",
+    source: "ImageSource",
+    parallel: "Parallel",
+    opened: "OpenedTeacher",
+    students: Mapping[str, Any],
+    objective: Any,
 ) -> dict[str, Any]:
     """Teacher, students (by name) and their operations per image of a step; bytes of a cache of tokens."""
     teacher, whole = opened.teacher, parameters(opened.teacher.network)
@@ -40,6 +47,7 @@ def facts(
             f"parameters with heads{of}": parameters(student),
             f"GFLOP per image{of}": _giga(learning[name]),
         }
+    said |= _memory(config, parallel, opened, students, chosen)
     said["teacher's share of the operations"] = round(looking / (looking + sum(learning.values())), 4)
     if config.teacher.cache:
         from dinov2cli.cli.assembly_distill import cache_shape
@@ -69,6 +77,41 @@ def notes(config: "DistillConfig", opened: "OpenedTeacher", students: Mapping[st
     return found
 
 
+def _memory(
+    config: "DistillConfig",
+    parallel: "Parallel",
+    opened: "OpenedTeacher",
+    students: Mapping[str, Any],
+    chosen: Mapping[str, int],
+) -> dict[str, float]:
+    """Modelled memory of a rank, for the run's own phase."""
+    from dinov2cli.cli.assembly import recomputes
+    from dinov2cli.cli.assembly_sizes import batch_of, layout_of
+    from dinov2cli.models.vit import VisionTransformer
+    from dinov2cli.train.footprint import memory_facts
+    from dinov2cli.train.memory import distillation_memory
+    from dinov2cli.train.sizes import sizes_of
+
+    teacher = opened.teacher
+    size = teacher.image_size or config.crops.global_size
+    narrow = isinstance(teacher.network, VisionTransformer) and config.teacher.precision != "fp32"
+    parts = distillation_memory(
+        [sizes_of(student.backbone, student.dino_head, student.ibot_head) for student in students.values()],
+        [
+            replace(
+                batch_of(config, parallel, masked=chosen[name], checkpointing=recomputes(config, parallel)),
+                local_number=config.crops.local_number if config.loss.dino_weight else 0,
+            )
+            for name in students
+        ],
+        layout_of(parallel),
+        teacher=parameters(teacher),
+        teacher_tokens=2 * teacher.embed_dim * (1 + (size // teacher.network.patch_size) ** 2),
+        teacher_bytes=2 if narrow and parallel.precision != "fp32" and not parallel.sharding.sharded else 4,
+    )
+    return memory_facts(parts)
+
+
 def _chosen_patches(config: "DistillConfig", students: Mapping[str, Any]) -> dict[str, int]:
     """Patches of both global crops that count in the iBOT term, for each student."""
     loss, size = config.loss, config.crops.global_size
@@ -80,52 +123,45 @@ def _chosen_patches(config: "DistillConfig", students: Mapping[str, Any]) -> dic
 
 def _teacher_flops(config: "DistillConfig", opened: "OpenedTeacher", chosen: int) -> float:
     """Of the teacher's forward pass over both global crops of an image, with its own heads."""
-    from dinov2cli.models.flops import backbone_flops, head_flops
+    from dinov2cli.models.flops import backbone_flops, frozen_teacher_flops, heads_flops
     from dinov2cli.models.vit import VisionTransformer
 
     teacher = opened.teacher
     size = teacher.image_size or config.crops.global_size
     if isinstance(teacher.network, VisionTransformer):
-        looking = 2.0 * backbone_flops(teacher.network, size)
+        look = float(backbone_flops(teacher.network, size))
     else:  # of an architecture that is not known here: every weight meets every token
-        looking = 2.0 * 2 * parameters(teacher.network) * (1 + (size // teacher.network.patch_size) ** 2)
-    if opened.heads is None:
-        return looking
-    h = opened.heads
-    sizes = (h["hidden"], h["bottleneck"], h["layers"])
-    ibot = head_flops(
-        teacher.embed_dim,
-        h.get("ibot_prototypes") or h["prototypes"],
-        h["hidden"],
-        h.get("ibot_bottleneck") or h["bottleneck"],
-        h["layers"],
-    )
-    return looking + 2 * head_flops(teacher.embed_dim, h["prototypes"], *sizes) + chosen * ibot
+        look = 2.0 * parameters(teacher.network) * (1 + (size // teacher.network.patch_size) ** 2)
+    heads = None if opened.heads is None else heads_flops(teacher.embed_dim, **_sizes(opened.heads))
+    return sum(frozen_teacher_flops(look, heads, chosen).values())
 
 
 def _student_flops(config: "DistillConfig", student: Any, opened: "OpenedTeacher", chosen: int) -> float:
-    """Forward and backward (three passes' worth) of a student per image; with learned heads also the targets by their
-    moving average."""
-    from dinov2cli.models.flops import backbone_flops, head_flops
+    """Of a student per image, its heads' learned targets included."""
+    from dinov2cli.cli.distill_checks import head_options
+    from dinov2cli.models.flops import distilled_student_flops, heads_flops
 
-    crops, heads, loss = config.crops, config.heads, config.loss
-    local = crops.local_number if loss.dino_weight else 0
-    backbone = 2 * backbone_flops(student.backbone, crops.global_size)
-    if local:
-        backbone += local * backbone_flops(student.backbone, crops.local_size)
-    if student.dino_head is None:
-        return 3.0 * backbone
-    width = opened.teacher.embed_dim if student.adapted_heads else student.backbone.embed_dim
-    prototypes, ibot = int(heads.prototypes), heads.ibot_prototypes
-    if opened.heads is not None:
-        ibot = opened.heads.get("ibot_prototypes")
-    dino_head = head_flops(width, prototypes, heads.hidden, heads.bottleneck, heads.layers)
-    ibot_head = head_flops(
-        width, ibot or prototypes, heads.hidden, heads.ibot_bottleneck or heads.bottleneck, heads.layers
+    crops, classes = config.crops, config.loss.dino_weight > 0
+    heads = None
+    if student.dino_head is not None:
+        width = opened.teacher.embed_dim if student.adapted_heads else student.backbone.embed_dim
+        heads = heads_flops(width, **_sizes(head_options(config, opened)))
+    parts = distilled_student_flops(
+        student.backbone,
+        global_size=crops.global_size,
+        local_size=crops.local_size,
+        local_number=crops.local_number if classes else 0,
+        heads=heads,
+        classes=classes,
+        patches=chosen,
+        learned=student.adapted_heads,
     )
-    passes = 4 if student.adapted_heads else 3
-    dino = (3 * local + 2 * passes) * dino_head if loss.dino_weight else 0
-    return 3.0 * backbone + dino + passes * chosen * ibot_head
+    return sum(parts.values())
+
+
+def _sizes(heads: Mapping[str, Any]) -> dict[str, Any]:
+    """What operations depend on."""
+    return {name: size for name, size in heads.items() if name not in ("untied", "freeze_gain")}
 
 
 def _giga(operations: float) -> float:

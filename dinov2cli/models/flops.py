@@ -30,6 +30,56 @@ def head_flops(in_dim: int, prototypes: int, hidden: int = 2048, bottleneck: int
     return 2 * sum(a * b for a, b in pairwise(widths))
 
 
+def heads_flops(
+    in_dim: int,
+    *,
+    prototypes: int,
+    hidden: int = 2048,
+    bottleneck: int = 256,
+    layers: int = 3,
+    ibot_prototypes: int | None = None,
+    ibot_bottleneck: int | None = None,
+) -> tuple[int, int]:
+    """Operations of the DINO and of the iBOT head on one token; the second is like the first but for what is given."""
+    dino = head_flops(in_dim, prototypes, hidden, bottleneck, layers)
+    return dino, head_flops(in_dim, ibot_prototypes or prototypes, hidden, ibot_bottleneck or bottleneck, layers)
+
+
+def frozen_teacher_flops(look: float, heads: tuple[int, int] | None, patches: float) -> dict[str, float]:
+    """Operations of a frozen teacher in one step of distillation PER IMAGE, by part: `teacher`, `teacher heads`.
+
+    `look`: of its pass over one crop. `heads`: of its own heads on one token (`heads_flops`), None without.
+    `patches`: how many of both global crops meet the iBOT head.
+    """
+    of_heads = 0.0 if heads is None else 2 * heads[0] + patches * heads[1]
+    return {"teacher": 2 * look, "teacher heads": of_heads}
+
+
+def distilled_student_flops(
+    backbone: str | VisionTransformer,
+    *,
+    global_size: int,
+    local_size: int,
+    local_number: int,
+    heads: tuple[int, int] | None,
+    classes: bool,
+    patches: float,
+    learned: bool = False,
+) -> dict[str, float]:
+    """Operations of a student in one step of distillation PER IMAGE, by part: `student`, `heads`.
+
+    Forward and backward, three forward passes' worth; its moving average never looks at an image. `heads` as of
+    `frozen_teacher_flops`; class tokens meet the DINO head if `classes`. With `learned` heads the moving average's make
+    the targets of the global crops too.
+    """
+    own = 2 * backbone_flops(backbone, global_size)
+    own += local_number * backbone_flops(backbone, local_size) if local_number else 0
+    passes, of_heads = 4 if learned else 3, 0.0
+    if heads is not None:
+        of_heads = (3 * local_number + 2 * passes) * heads[0] * classes + passes * patches * heads[1]
+    return {"student": 3.0 * own, "heads": of_heads}
+
+
 def step_flops(
     backbone: VisionTransformer,
     *,
@@ -53,8 +103,15 @@ def step_flops(
     Keys: teacher, student, heads, total.
     """
     big, small = backbone_flops(backbone, global_size), backbone_flops(backbone, local_size)
-    dino = head_flops(backbone.embed_dim, prototypes, hidden, bottleneck, layers)
-    ibot = head_flops(backbone.embed_dim, ibot_prototypes or prototypes, hidden, ibot_bottleneck or bottleneck, layers)
+    dino, ibot = heads_flops(
+        backbone.embed_dim,
+        prototypes=prototypes,
+        hidden=hidden,
+        bottleneck=bottleneck,
+        layers=layers,
+        ibot_prototypes=ibot_prototypes,
+        ibot_bottleneck=ibot_bottleneck,
+    )
     parts: dict[str, float] = {
         "teacher": 2 * big,
         "student": 3 * (2 * big + local_number * small) * (1 - drop_path),

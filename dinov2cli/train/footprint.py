@@ -11,9 +11,7 @@ def footprint(
     network: NetworkSizes, batch: Batch, layout: Layout, *, iterations: int = 3, koleo_global: bool = True
 ) -> dict[str, float]:
     """Flat facts of one rank: memory in GiB with its parts, and MiB sent per step (nothing where nothing is sent)."""
-    parts = memory(network, batch, layout)
-    facts = {"memory per rank (GiB, modelled)": _gib(parts.pop("total"))}
-    facts |= {f"memory of {name} (GiB)": _gib(size) for name, size in parts.items() if size >= 2**30 / 200}
+    facts = memory_facts(memory(network, batch, layout))
     other = replace(batch, checkpointing=not batch.checkpointing)
     word = "with" if other.checkpointing else "without"
     facts[f"memory per rank {word} activation checkpointing (GiB)"] = _gib(memory(network, other, layout)["total"])
@@ -24,6 +22,13 @@ def footprint(
     facts["traffic between nodes (MiB sent per rank)"] = _mib(sent["total"]["between"])
     named = {f"traffic in {kind.replace('_', '-')} (MiB)": _mib(sent[kind]["total"]) for kind in KINDS}
     return facts | {name: size for name, size in named.items() if size}
+
+
+def memory_facts(parts: dict[str, int]) -> dict[str, float]:
+    """Flat facts, in GiB, of what `memory` or `distillation_memory` found; parts of next to nothing are left out."""
+    facts = {"memory per rank (GiB, modelled)": _gib(parts["total"])}
+    named = {name: size for name, size in parts.items() if name != "total" and size >= 2**30 / 200}
+    return facts | {f"memory of {name} (GiB)": _gib(size) for name, size in named.items()}
 
 
 def _mib(size: float) -> float:

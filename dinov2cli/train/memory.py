@@ -10,6 +10,8 @@ operation. Under 16-bit autocast the residual stream, norms and LayerScale's pro
 16 bit (`Batch.wide` bytes); in fp32 everything is 4 bytes.
 """
 
+from collections.abc import Sequence
+
 from dinov2cli.train.sizes import GLOBAL_CROPS, Batch, HeadSizes, Layout, NetworkSizes, Shape, numel, shard_of
 
 ALIVE = 2  # gathered groups at a time: the one in use and the one fetched ahead
@@ -44,6 +46,39 @@ def memory(network: NetworkSizes, batch: Batch, layout: Layout) -> dict[str, int
     first_block = {"gradients": state, "activations": 2 * block, **again}
     worst = max((common | m for m in (end_of_forward, last_block, first_block)), key=lambda parts: sum(parts.values()))
     return worst | {"total": sum(worst.values())}
+
+
+_LASTING = ("weights", "gradients", "moments", "teacher")
+
+
+def distillation_memory(
+    students: Sequence[NetworkSizes],
+    batches: Sequence[Batch],
+    layout: Layout,
+    *,
+    teacher: int,
+    teacher_tokens: int,
+    teacher_bytes: int = 4,
+) -> dict[str, int]:
+    """As `memory`, for students that learn from one frozen teacher, one after the other in each part of a batch.
+
+    `batches[i].masked` counts the patches of student i's iBOT term; category `teacher` becomes the students'
+    `averages`. `teacher` is the number of the frozen one's parameters, each of `teacher_bytes`; `teacher_tokens` the
+    numbers in its tokens of the global crops of an image. What its own pass needs for a moment is left out: it keeps
+    nothing for a backward pass, and is over before the students begin.
+    """
+    alone = [memory(network, batch, layout) for network, batch in zip(students, batches, strict=True)]
+    several = len(students) > 1
+    own = [{name: parts[name] for name in _LASTING} for parts in alone]
+    if several:  # all gradients are there before the first optimizer step
+        own = [parts | {"gradients": parts["weights"]} for parts in own]
+    passing = [{k: v for k, v in parts.items() if k not in (*_LASTING, "total")} for parts in alone]
+    worst = max(passing, key=lambda parts: sum(parts.values()))
+    together = {name: sum(parts[name] for parts in own) for name in _LASTING}
+    found = {("averages" if name == "teacher" else name): size for name, size in (together | worst).items()}
+    found["teacher"] = teacher_bytes * teacher // layout.shards
+    found["teacher's tokens"] = 4 * teacher_tokens * batches[0].part
+    return found | {"total": sum(found.values())}
 
 
 def activations(network: NetworkSizes, batch: Batch) -> int:
@@ -88,6 +123,8 @@ def _attention(network: NetworkSizes, batch: Batch, length: int, several: bool) 
 
 def head_activations(network: NetworkSizes, batch: Batch) -> int:
     """Bytes that autograd keeps of the student's heads below their logits."""
+    if not network.heads:
+        return 0
     classes, masked = batch.head_rows()
     dino, ibot = network.heads[0], network.heads[-1]
     return classes * _head_row(dino, batch.wide) + masked * _head_row(ibot, batch.wide)
@@ -104,6 +141,8 @@ def logits(network: NetworkSizes, batch: Batch) -> int:
     The teacher's live from its forward pass on, in fp16 under autocast; the student's only while their loss is
     computed, with a gradient of the same size, which stays.
     """
+    if not network.heads:
+        return 0
     classes, masked = batch.head_rows()
     dino, ibot = network.heads[0].prototypes, network.heads[-1].prototypes
     teacher = batch.wide * GLOBAL_CROPS * batch.part * dino

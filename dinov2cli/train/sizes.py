@@ -43,7 +43,7 @@ class Group:
 @dataclass(frozen=True)
 class NetworkSizes:
     """A backbone with its heads. `block` holds the parameter shapes of ONE of `depth` equal blocks, `root` what is left
-    of the backbone: tokens, position and patch embedding, final norm. `heads` is (DINO, iBOT), or one when tied.
+    of the backbone: tokens, position and patch embedding, final norm. `heads` is (DINO, iBOT), one when tied, or none.
 
     `hidden` is the inner width of the feed-forward layer, `gated` for SwiGLU; `prefix` counts class and register
     tokens; `drop_rates` holds the stochastic-depth rate of every block.
@@ -169,8 +169,11 @@ def shard_of(shapes: Iterable[Shape], shards: int) -> int:
     return sum(map(piece, shapes))
 
 
-def sizes_of(backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead | None) -> NetworkSizes:
-    """Read the numbers off a network's modules, of any device or sharded; `ibot_head` is None when tied."""
+def sizes_of(
+    backbone: VisionTransformer, dino_head: ProjectionHead | None, ibot_head: ProjectionHead | None
+) -> NetworkSizes:
+    """Read the numbers off a network's modules, of any device or sharded; `ibot_head` is None when tied, and both are
+    where there are none."""
     inner: Any = backbone.blocks[0].mlp
     gated = isinstance(inner, SwiGLU)
     return NetworkSizes(

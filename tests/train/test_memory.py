@@ -14,11 +14,18 @@ from torch.utils._pytree import tree_leaves
 from dinov2cli.data.masks import make_masks
 from dinov2cli.models.heads import ProjectionHead
 from dinov2cli.models.registry import build
+from dinov2cli.train.distill import DistillObjective, build_distill_model
+from dinov2cli.train.distillation import Distillation
 from dinov2cli.train.footprint import footprint
-from dinov2cli.train.memory import _autocast_weights, activations, memory
-from dinov2cli.train.network import build_ssl_model
+from dinov2cli.train.memory import _autocast_weights, activations, distillation_memory, memory
+from dinov2cli.train.method import Company, Crops
+from dinov2cli.train.network import build_heads, build_ssl_model
+from dinov2cli.train.parallel import setup
+from dinov2cli.train.schedules import StepValues
+from dinov2cli.train.sharding import Spread
 from dinov2cli.train.sizes import Batch, Layout, shard_of, sizes_of
 from dinov2cli.train.ssl import Objective, ssl_losses
+from dinov2cli.train.teacher import FrozenTeacher
 
 IMAGES, LOCALS, LOCAL_SIZE = 4, 4, 42
 PLAIN = {"fp32": 0, "bf16": 300}  # short 16-bit sequences write out their attention matrix on a CPU
@@ -127,6 +134,43 @@ def test_the_whole_step_needs_about_what_the_model_says(precision, drop, checkpo
     needed = memory(network, replace(batch, masked=float(masks.sum()) / 6), Layout())
     beyond = needed["total"] - sum(needed[name] for name in ("weights", "moments", "teacher", "crops"))
     assert low < beyond / live.peak < 1.25
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", ["paper", "features"])
+def test_a_step_of_distillation_needs_about_what_the_model_says(form, precision):
+    """Peak of one real step: the teacher's pass is over before, and all patches meet the prototypes."""
+    features = {"dino_weight": 0, "ibot_weight": 0, "koleo_weight": 0, "feature_weight": 1}
+    objective = DistillObjective(**(features if form == "features" else {}))
+    heads = {"prototypes": 2048, "hidden": 256, "bottleneck": 64}
+    network = build("vits14", depth=4, img_size=98)
+    owned = build_heads(384, **heads) if form == "paper" else (None, None)
+    looked_at = FrozenTeacher(network, dino_head=owned[0], ibot_head=owned[1])
+    backbone = build("vits14", embed_dim=192, num_heads=3, depth=6, img_size=98)
+    made = {"teacher_has_heads": form == "paper", "adapter": form != "paper", "heads": heads}
+    model = build_distill_model(backbone, 384, objective, **made)
+    batch = Batch(6, 98, 42, 6 if form == "paper" else 0, 98, precision, plain_tokens=PLAIN[precision])
+    crops = torch.randn(2, 6, 3, 98, 98), torch.randn(6, 6, 3, 42, 42)
+    parallel, method = setup("cpu", precision), Distillation(looked_at, objective)
+    method.place(parallel)
+    piece = Crops(*crops, torch.arange(6), torch.zeros(6, dtype=torch.int64))
+    values = StepValues(1e-3, 1e-3, weight_decay=0.0, momentum=0.9, teacher_temperature=0.05)
+    spread = Spread(model, model.student, torch.device("cpu"))
+    with Live([*model.parameters(), *looked_at.parameters(), *looked_at.buffers(), *crops]) as live:
+        seen = method.look(piece, parallel)
+        with parallel.autocast():
+            chosen = torch.ones(12, 49, dtype=torch.bool)
+            step = method.losses(spread, seen, piece, chosen, values, Company(torch.Generator()))
+        step.total.backward()
+    needed = distillation_memory(
+        [sizes_of(backbone, model.student.dino_head, model.student.ibot_head)],
+        [batch],
+        Layout(),
+        teacher=0,
+        teacher_tokens=2 * 384 * 50,
+    )
+    beyond = needed["total"] - sum(needed[name] for name in ("weights", "moments", "averages", "crops"))
+    assert 0.85 < beyond / live.peak < 1.25
 
 
 def test_checkpointing_and_parts_and_shards_save_memory():

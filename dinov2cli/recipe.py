@@ -86,6 +86,7 @@ def load_config(
             _place(values, key, value)
             origin[key] = "flag"
     _drop_replaced(values, origin, getattr(model, "alternatives", ()))
+    _drop_details(values, origin, getattr(model, "details", {}))
     problems += [_unknown(key, origin[key], known) for key in origin if key not in known]
     for key in origin:
         if key not in known:
@@ -211,6 +212,19 @@ def _drop_replaced(values: dict[str, Any], origin: dict[str, str], groups: Seque
             if rank < max(given.values()):
                 _remove(values, key)
                 del origin[key]
+
+
+def _drop_details(values: dict[str, Any], origin: dict[str, str], details: Mapping[str, Sequence[str]]) -> None:
+    """Where a key of `details` was given on the command line, forget what the recipe says of its details: they belong
+    to the recipe's own value."""
+    given = ("flag", "--set")
+    for key, belonging in details.items():
+        if origin.get(key) not in given:
+            continue
+        for other in belonging:
+            if other in origin and origin[other] not in given:
+                _remove(values, other)
+                del origin[other]
 
 
 def _remove(values: dict[str, Any], key: str) -> None:

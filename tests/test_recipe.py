@@ -116,3 +116,16 @@ def test_keys_younger_than_a_run_do_not_make_it_another_one():
     asked = ["data.scaled_decode=true", "data.shuffle=exact", "data.window=3", "data.max_worker_deaths=0"]
     found = load_config(PretrainConfig, recipe="tiny-cpu", sets=asked).identity()["data"]
     assert found == plain["data"] | {"scaled_decode": True, "shuffle": "exact", "window": 3}
+
+
+def test_an_architecture_that_is_asked_for_comes_without_the_recipe_s_own_numbers(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {arch: vits14, embed_dim: 64, depth: 3, layerscale: 1.0}")
+    kept = load_config(PretrainConfig, recipe=str(recipe), sets=["model.num_heads=1"]).model
+    assert (kept.arch, kept.embed_dim, kept.depth, kept.num_heads) == ("vits14", 64, 3, 1)
+    asked = load_config(
+        PretrainConfig, recipe=str(recipe), sets=["model.depth=2"], flags={"model.arch": "vitb14"}
+    ).model
+    assert (asked.arch, asked.embed_dim, asked.depth, asked.layerscale) == ("vitb14", None, 2, 1.0)
+    both = load_config(DistillConfig, recipe=str(recipe), flags={"students": ["vits14", "vitb14"]})
+    assert [(one.arch, one.embed_dim) for one in both.students] == [("vits14", None), ("vitb14", None)]

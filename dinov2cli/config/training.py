@@ -192,6 +192,11 @@ class TrainingConfig(CommonConfig):
         ("train.steps", "train.budget"),
         ("data.batch_size", "data.global_batch_size"),
     )
+    # What a recipe says of its own architecture does not hold for another one that is asked for.
+    details: ClassVar[dict[str, tuple[str, ...]]] = dict.fromkeys(
+        ("model.arch", "students"),
+        tuple(f"model.{key}" for key in ("patch_size", "embed_dim", "depth", "num_heads", "registers", "ffn")),
+    )
 
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()

@@ -108,8 +108,10 @@ def _check_single(run: TrainingRun, spec: str) -> None:
 
 def _heads(spec: str, loaded: LoadedModel, run: TrainingRun | None, choice: str) -> tuple[TeacherHeads | None, str]:
     """The heads, if they are wanted and there, and the reason in words."""
-    if choice in ("learned", "none"):
-        return None, f"none are taken (teacher.heads={choice})"
+    if choice == "none":
+        return None, "none are taken: no term of the loss needs prototypes"
+    if choice == "learned":
+        return None, "none are taken (teacher.heads=learned)"
     network = loaded.network
     try:
         if run is None:

@@ -106,7 +106,8 @@ def test_heads_are_left_where_they_are_not_wanted(tmp_path):
     for choice in ("learned", "none"):
         opened = open_teacher(run, heads=choice)
         assert opened.teacher.patch_head is None and opened.heads is None and opened.temperature is None
-        assert opened.reason == f"none are taken (teacher.heads={choice})"
+        why = {"learned": " (teacher.heads=learned)", "none": ": no term of the loss needs prototypes"}
+        assert opened.reason == f"none are taken{why[choice]}"
     with pytest.raises(UserError, match=r"teacher\.heads: found 'some'; expected one of auto, run, learned, none"):
         open_teacher(run, heads="some")
 

@@ -218,13 +218,13 @@ class DistillAssembly(Assembly):
 
     def card(self, training: str) -> tuple[str, dict[str, Any]]:
         """What it was distilled from."""
-        from dinov2cli.cli.distill_checks import teacher_name
+        from dinov2cli.cli.distill_checks import base_model
 
         text = (
             f"Distilled by `dinov2 distill` from `{self.config.teacher.model}` for {training}. "
             "These are the weights of the student's moving average."
         )
-        return text, {"base_model": teacher_name(self.config.teacher.model)}
+        return text, base_model(self.config.teacher.model)
 
     def compare(self, out: "Output", talk: "Talk", exports: Mapping[str, Path]) -> dict[str, float]:
         """Teacher and students side by side. What was kept of the teacher's tokens goes: nobody needs it any more."""

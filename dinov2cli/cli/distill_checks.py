@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from dinov2cli.train.parallel import Parallel
 
 
-def teacher_name(spec: str) -> str:
-    """The name of the MODEL `spec` for a model card: that on the hub, or of its directory or file."""
-    path = Path(spec.removeprefix("transformers:"))
-    return path.resolve().name if path.is_absolute() or path.exists() else str(path)
+def base_model(spec: str) -> dict[str, Any]:
+    """What the header of a model card says of the teacher `spec`: its name on the hub. Nothing of a teacher on disk,
+    for a directory's name there would be a link to nowhere; the card's text names it."""
+    from dinov2cli.models.hub import parse_hub
+
+    name = spec.removeprefix("transformers:")
+    hub = None if Path(name).expanduser().exists() else parse_hub(name)
+    return {} if hub is None else {"base_model": hub[0]}
 
 
 def check_place(spec: str, out: Path) -> None:

@@ -309,12 +309,15 @@ def _place(device: "torch.device", precision: str) -> str:
 
 def _figures_of(side: _Side) -> "ModelFigures":
     from dinov2cli.bench.forward import parameters_of
+    from dinov2cli.models.registry import name_of
+    from dinov2cli.models.vit import VisionTransformer
     from dinov2cli.report.side_by_side import ModelFigures
 
     net = side.network
     return ModelFigures(
         label=side.label,
-        model=side.loaded.name,
+        # A student's directory is called as all are; what it is tells more.
+        model=side.loaded.name if side.label == TEACHER or not isinstance(net, VisionTransformer) else name_of(net),
         parameters=parameters_of(net),
         embed_dim=net.embed_dim,
         depth=net.depth,

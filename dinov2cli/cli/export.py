@@ -127,7 +127,7 @@ def _export(
     place.finish()
     _warn(talk, backbone, format_)
     seconds = time.monotonic() - started
-    whose = f"the {part}{' of ' + student if student else ''}"
+    whose = _whose(part, student, config)
     talk.say(f"{out}: {facts['architecture']}, {whose} after step {step} of {path}, for {format_} ({seconds:.1f} s)")
     talk.result(out, **facts, seconds=round(seconds, 3))
 
@@ -304,14 +304,22 @@ def _card(manifest: "Manifest", state: dict[str, Any], part: str, size: int) -> 
     )
 
 
+def _whose(part: str, student: str, config: "TrainingConfig") -> str:
+    """Whose weights they are, in words: in a distillation the teacher is another model."""
+    from dinov2cli.config import DistillConfig
+
+    named = "moving average" if part == "teacher" and isinstance(config, DistillConfig) else part
+    return f"the {named}{' of ' + student if student else ''}"
+
+
 def _base(config: "TrainingConfig") -> dict[str, Any]:
     """What the header of the card says of the teacher of a distillation."""
-    from dinov2cli.cli.distill_checks import teacher_name
+    from dinov2cli.cli.distill_checks import base_model
     from dinov2cli.config import DistillConfig
 
     if not isinstance(config, DistillConfig):
         return {}
-    return {"base_model": teacher_name(str(config.teacher.model))}
+    return base_model(str(config.teacher.model))
 
 
 def _warn(talk: "Talk", backbone: "VisionTransformer", format_: str) -> None:

@@ -154,13 +154,13 @@ def train_run(
 
 
 def _compared(run: Assembly, out: "Output", talk: "Talk", exports: Mapping[str, Path]) -> dict[str, float]:
-    """`Assembly.compare`; what goes wrong there is said, for the models are made."""
-    from dinov2cli.errors import DinoError
-
+    """`Assembly.compare`; whatever goes wrong there is only said: the models are made, and the run is done."""
     try:
         return run.compare(out, talk, exports)
-    except DinoError as error:
-        talk.warn(f"not compared: {error}; `dinov2 eval` compares the models in {out.path / 'export'}")
+    except Exception as error:
+        logging.getLogger(__name__).debug("the comparison failed", exc_info=True)
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        talk.warn(f"not compared: {what}; `dinov2 eval` compares the models in {out.path / 'export'}")
         return {}
 
 

@@ -82,7 +82,7 @@ class FrozenTeacherSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     cache: bool = False
-    adapter: Literal["auto", "linear", "none"] = "auto"
+    adapter: Literal["linear", "none"] = "linear"
 
 
 class AverageSection(Section):

@@ -146,7 +146,8 @@ class Distillation:
         heads: Callable[..., tuple[Tensor, Tensor]] = (
             model.teacher.logits if student.adapted_heads else self.teacher.logits
         )
-        class_logits, patch_logits = heads(tokens, patches.indices)
+        wanted = patches.indices if o.ibot_weight > 0 else patches.indices[:0]
+        class_logits, patch_logits = heads(tokens, wanted)
 
         def spread_out(logits: Tensor, center: Any) -> Any:
             return spread_targets(logits, center, values.teacher_temperature, o.sinkhorn_iterations, company.group)

@@ -86,7 +86,7 @@ def test_a_run_leaves_model_card_report_and_what_it_was_made_of(dinov2, photos, 
     assert (stored["heads"]["prototypes"], stored["loss"]["teacher_temperature"]) == (64, 0.05)
     assert stored["teacher"]["model"] == str(teacher)
     card = (alone / "export" / "README.md").read_text()
-    assert "base_model: run" in card
+    assert "base_model" not in card  # a directory is no name on the hub
     assert f"Distilled by `dinov2 distill` from `{teacher}` for 4 steps (32 images)" in card
     assert "These are the weights of the student's moving average." in card
     assert set(lines(alone)[-1]) >= {"loss/total", "loss/ibot", "loss/dino_local", "loss/koleo", "eval/knn"}
@@ -166,7 +166,7 @@ def test_export_takes_one_of_several(dinov2, several, tmp_path, name):
     assert done.json["student"] == name
     assert same(tmp_path / "m", several / "export" / name)
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "base_model: run" in card and "out of a run of `dinov2 distill` from" in card
+    assert "base_model" not in card and "out of a run of `dinov2 distill` from" in card
     assert "These are the weights of the student's moving average." in card
 
 
@@ -290,3 +290,11 @@ def test_a_student_larger_than_its_teacher_is_allowed_and_told(dinov2, photos, a
     done = dinov2("distill", photos, "-t", alone, "-o", tmp_path / "r", *SMALL, *large, "--dry-run", "--json")
     assert done.code == 0, done.err
     assert "the student is larger than its teacher" in done.json["note"]
+
+
+def test_a_card_names_a_teacher_of_the_hub_alone(tmp_path):
+    from dinov2cli.cli.distill_checks import base_model
+
+    assert base_model("facebook/dinov2-base") == {"base_model": "facebook/dinov2-base"}
+    assert base_model("transformers:facebook/dinov2-base@main") == {"base_model": "facebook/dinov2-base"}
+    assert base_model(str(tmp_path)) == base_model("vits14") == {}

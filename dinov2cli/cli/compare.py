@@ -150,7 +150,7 @@ def _print(comparison: "Comparison", format_: Format) -> None:
     from dinov2cli.report.comparison import as_csv, as_latex, as_markdown
 
     if format_ is Format.TABLE:
-        _show(comparison, Console(highlight=False))
+        _show(comparison, Console(highlight=False, emoji=False))
     elif format_ is Format.CSV:
         print(as_csv(comparison), end="")  # noqa: T201
     else:

@@ -168,7 +168,7 @@ def _fail(text: str, code: int, met_by: int | None = None) -> int:
             return code
         report_failure(text)
         text = f"rank {rank}: {text}" if rank else text
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}")
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"[bold red]error:[/] {escape(text)}")
     return code
 
 

@@ -30,7 +30,7 @@ class Talk:
         self.json_output = json_output
         self.quiet = quiet
         self.gives_result = main
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
         _route_logging(self.console, level, verbose)
 

@@ -155,8 +155,12 @@ def train_run(
 
 def _compared(run: Assembly, out: "Output", talk: "Talk", exports: Mapping[str, Path]) -> dict[str, float]:
     """`Assembly.compare`; whatever goes wrong there is only said: the models are made, and the run is done."""
+    from dinov2cli.errors import Preempted
+
     try:
         return run.compare(out, talk, exports)
+    except Preempted:
+        raise
     except Exception as error:
         logging.getLogger(__name__).debug("the comparison failed", exc_info=True)
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]

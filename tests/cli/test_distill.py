@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from dinov2cli.artifacts.manifest import read_manifest
 from dinov2cli.cli.main import run
+from dinov2cli.errors import Preempted
 from dinov2cli.models.load import load_model
 from tests.cli.distill_runs import SMALL, teacher_run
 from tests.launch import ROOT
@@ -298,3 +299,25 @@ def test_a_card_names_a_teacher_of_the_hub_alone(tmp_path):
     assert base_model("facebook/dinov2-base") == {"base_model": "facebook/dinov2-base"}
     assert base_model("transformers:facebook/dinov2-base@main") == {"base_model": "facebook/dinov2-base"}
     assert base_model(str(tmp_path)) == base_model("vits14") == {}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("CUDA out of memory"), Preempted("stopped by SIGTERM")])
+def test_a_comparison_that_fails_loses_nothing_and_one_that_is_stopped_is_made_again(
+    dinov2, photos, teacher, tmp_path, monkeypatch, failure
+):
+    def fail(*_):
+        raise failure
+
+    order = ["distill", photos, "-t", teacher, "-o", tmp_path / "run", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr("dinov2cli.cli.assembly_distill.DistillAssembly.compare", fail)
+        done = dinov2(*order)
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    complete = json.loads((tmp_path / "run" / "manifest.json").read_text())["complete"]
+    if isinstance(failure, Preempted):
+        assert (done.code, complete) == (75, False)
+        assert dinov2(*order).code == 0
+        assert json.loads((tmp_path / "run" / "manifest.json").read_text())["complete"]
+    else:
+        assert (done.code, complete) == (0, True)
+        assert "not compared: CUDA out of memory; `dinov2 eval` compares" in " ".join(done.err.split())

@@ -64,7 +64,12 @@ def compared(tmp_path, models, source=TRAIN, students=("small",), **more):
 def test_a_run_gets_every_figure_of_both_models(tmp_path, models):
     metrics, found, maps = compared(tmp_path, models)
     teacher, student = found.models
-    assert (teacher.label, student.label, teacher.model, student.model) == ("teacher", "student", "big", "vit-d16-l2-h2-p4")
+    assert (teacher.label, student.label, teacher.model, student.model) == (
+        "teacher",
+        "student",
+        "big",
+        "vit-d16-l2-h2-p4",
+    )
     # The teacher's patch of 8 does not divide 28 px, so it keeps its own size.
     assert (teacher.size, student.size) == (32, 28) and found.batch == 64
     assert set(student.figures) == {

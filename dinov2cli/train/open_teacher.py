@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from dinov2cli.errors import InputError, UserError
 from dinov2cli.models.baselines import Baseline
@@ -47,8 +48,9 @@ def open_teacher(
     are there; "learned" and "none" leave them. `image_size`: see `FrozenTeacher`. On the device "meta" no weights are
     read, only what tells their shapes.
 
-    Raises InputError for a model that is missing or damaged, a checkpoint that is not that of the export, and heads
-    "run" where there are none; UserError for what is no teacher, or which of several, and for an unknown choice.
+    Raises InputError for a model that is missing or damaged (weights that are not finite), a checkpoint that is not
+    that of the export, and heads "run" where there are none; UserError for what is no teacher, or which of several, and
+    for an unknown choice.
     """
     spec = str(spec)
     if heads not in HEAD_CHOICES:
@@ -58,6 +60,7 @@ def open_teacher(
         _check_single(run, spec)
     loaded = _loaded(spec, device)
     network = loaded.encoder
+    _check_finite(network, spec)
     found, reason = _heads(spec, loaded, run, heads)
     fingerprint = {**loaded.fingerprint, **({"config": loaded.config} if loaded.config else {})}
     if found is not None:
@@ -91,6 +94,13 @@ def _loaded(spec: str, device: torch.device | str) -> LoadedModel:
     if isinstance(loaded.network, Baseline):
         raise UserError(f"teacher {spec}: nobody trained it, there is nothing to learn from it; {_EXPECTED}")
     return loaded
+
+
+def _check_finite(network: nn.Module, spec: str) -> None:
+    """InputError for weights from which nothing can be learned: every step would be skipped, and nobody know why."""
+    for name, parameter in network.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"teacher {spec}: {name} holds numbers that are not finite; fetch or train it again")
 
 
 def _check_single(run: TrainingRun, spec: str) -> None:

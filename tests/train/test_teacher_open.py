@@ -206,6 +206,14 @@ def test_a_teacher_file_with_missing_keys_is_one_clear_line(tmp_path):
         open_teacher(run)
 
 
+def test_a_teacher_that_diverged_is_refused(tmp_path):
+    network = backbone()
+    network.blocks[0].mlp.fc1.weight.data[0, 0] = torch.nan
+    save_hf(network, tmp_path / "nan", resize=32, crop=32)
+    with pytest.raises(InputError, match=r"nan: blocks\.0\.mlp\.fc1\.weight holds numbers that are not finite"):
+        open_teacher(tmp_path / "nan")
+
+
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
     run = run_of(tmp_path / "big", {"": pretrained()})
     (file,) = (run / "checkpoints" / "step_00000007" / "teacher").glob("*.safetensors")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2cli.data.masks import MaskedTokens, masked_tokens
-from dinov2cli.device import PRECISIONS, autocast
+from dinov2cli.device import PRECISIONS
 from dinov2cli.models.vit import VisionTransformer
 from dinov2cli.train.distill import DistillNetwork, DistillObjective, Goal
 from dinov2cli.train.graphs import BlockGraphs
@@ -94,7 +94,10 @@ class Distillation:
     def _tokens(self, global_crops: Tensor, device: torch.device) -> TeacherTokens:
         images = global_crops.flatten(0, 1)
         grid = (self.teacher.image_size or images.shape[-1]) // self.teacher.network.patch_size
-        with autocast(device, self._precision), self._graphs.running() if self._graphs else nullcontext():
+        dtype = PRECISIONS[self._precision]
+        # Spelled out for fp32 as well: the teacher's precision holds whatever the run computes in around it.
+        own = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        with own, self._graphs.running() if self._graphs else nullcontext():
             return self.teacher.tokens(images, grid)
 
     def losses(

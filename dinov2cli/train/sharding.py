@@ -194,7 +194,9 @@ def _shard(network: Network, sharding: Sharding, dtype: torch.dtype | None, mesh
     for block in network.backbone.blocks:
         wrap(block, for_blocks)
     for head in (network.dino_head, network.ibot_head):
-        if head is not None:
+        # A student's head that no loss uses is never gathered, which FSDP2 cannot bear where gradients are reduced with
+        # the last part of a batch alone: it goes with what is left of the network.
+        if head is not None and (not trained or any(one.requires_grad for one in head.parameters())):
             # The student's heads are the last of the forward and the first of the backward pass.
             wrap(head, for_others, again=not trained)
     wrap(network.backbone, for_others)

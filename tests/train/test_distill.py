@@ -186,6 +186,88 @@ def test_only_what_a_term_needs_is_there_and_is_trained(weights, parts):
             assert parameter.grad.abs().sum() > 0, name
 
 
+def test_an_adapter_trains_where_a_term_reaches_it_alone():
+    learned = student(DistillObjective(ibot_weight=0), heads=False).student
+    assert {name for name, p in learned.adapter.named_parameters() if p.requires_grad} == {"cls.weight", "cls.bias"}
+    learned = student(DistillObjective(dino_weight=0), heads=False).student
+    trained = {name for name, p in learned.adapter.named_parameters() if p.requires_grad}
+    assert trained == {"patches.weight", "patches.bias"}
+
+
+def test_local_crops_are_looked_at_only_for_the_term_on_class_tokens(monkeypatch):
+    for weight, views in ((1.0, 2), (0.0, 1)):
+        objective = DistillObjective(dino_weight=weight)
+        model, seen = student(objective), []
+        forward = model.student.backbone.forward_crops
+        monkeypatch.setattr(
+            model.student.backbone,
+            "forward_crops",
+            lambda v, *a, f=forward, s=seen, **k: s.append(len(v)) or f(v, *a, **k),
+        )
+        step(model, teacher(), objective, crops())
+        assert seen == [views]
+
+
+def test_a_term_of_weight_0_costs_no_logits(monkeypatch):
+    looked_at, rows = teacher(), []
+    head = looked_at.ibot_head
+    monkeypatch.setattr(looked_at.ibot_head, "forward", lambda x, f=head.forward: rows.append(len(x)) or f(x))
+    objective = DistillObjective(ibot_weight=0)
+    step(student(objective), looked_at, objective, crops())
+    assert sum(rows) == 0
+
+
+def test_targets_of_all_patches_are_let_go_of_once_they_were_used():
+    """The largest tensor of a step must not live through the student's backward pass."""
+    objective, looked_at = DistillObjective(), teacher()
+    method = Distillation(looked_at, objective)
+    made = []
+    original = method._targets
+    method._targets = lambda *a: made.append(original(*a)) or made[-1]
+    parallel = setup("cpu", "fp32")
+    method.place(parallel)
+    model, batch = student(objective), crops()
+    seen = method.look(batch, parallel)
+    spread = Spread(model, model.student, torch.device("cpu"))
+    chosen = torch.ones(2 * BATCH, 16, dtype=torch.bool)
+    method.losses(spread, seen, batch, chosen, VALUES, Company(torch.Generator()))
+    assert made[0].ibot is None and made[0].dino is not None
+    assert not seen.targets  # kept for further students alone
+
+
+def test_the_teacher_sees_the_size_and_computes_in_the_precision_it_is_given():
+    batch, parallel = crops(), setup("cpu", "bf16")
+    looked_at = teacher()
+    looked_at.image_size = 64
+    plain = copy.deepcopy(looked_at)
+    method = Distillation(looked_at, DistillObjective(), precision="fp32")
+    method.place(parallel)
+    with parallel.autocast():  # as it may be called
+        seen = method.look(batch, parallel)
+    assert seen.tokens.patches.shape == (2 * BATCH, 64, WIDTH)  # 8 x 8 places, resampled for each student
+    exact = plain.tokens(batch.global_crops.flatten(0, 1), 8)
+    torch.testing.assert_close(seen.tokens.patches, exact.patches, rtol=1e-5, atol=1e-5)
+    half = Distillation(plain, DistillObjective())
+    half.place(parallel)
+    assert {p.dtype for p in plain.network.parameters()} == {torch.float32, torch.bfloat16}
+    rounded = half.look(batch, parallel).tokens.patches
+    assert 1e-4 < (rounded.float() - exact.patches).abs().max() < 0.2
+
+
+def test_students_under_softmax_centring_have_centres_of_their_own(tmp_path):
+    run(tmp_path, steps=2, students=("small", "coarse"), centering="softmax")
+    kept = stored(tmp_path)
+    for name in STUDENTS:
+        assert np.abs(np.frombuffer(kept[f"teacher/{name}.dino_center.center"], np.float32)).sum() > 0
+    assert len({kept[f"teacher/{name}.dino_center.center"] for name in STUDENTS}) == 1  # they saw the same logits
+
+
+def test_nothing_is_hidden_from_the_first_batch_s_picture(tmp_path):
+    shown = []
+    run(tmp_path, steps=1, on_first_batch=lambda *seen: shown.append(seen[2]))
+    assert shown[0].shape == (16, 16) and not shown[0].any()
+
+
 def test_widths_that_differ_need_an_adapter():
     features = DistillObjective(dino_weight=0, ibot_weight=0, feature_weight=1.0)
     arguments = {"teacher_has_heads": True, "adapter": False, "heads": HEADS}
@@ -352,7 +434,8 @@ def test_cached_tokens_train_as_computed_ones_do(tmp_path):
         cache = TokenCache(tmp_path / "cache", **shape, key={"a": 1})
         crop = MultiCrop(global_size=32, local_size=16, local_number=2)
         loader = CropLoader(source, crop=crop, batch_size=8, seed=1, workers=0)
-        run(tmp_path / name, steps=9, loaded=looked_at, distillation={"cache": cache}, loader=Repeating(loader, 1))
+        keep = {"distillation": {"cache": cache}, "loader": Repeating(loader, 1), "settings": {"accumulate": 2}}
+        run(tmp_path / name, steps=9, loaded=looked_at, **keep)
         return sum(asked)
 
     assert distil("first") <= 2 * len(source)

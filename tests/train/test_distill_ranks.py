@@ -16,6 +16,7 @@ FORMS = {
     "features": {"objective": {"dino_weight": 0, "ibot_weight": 0, "koleo_weight": 0, "feature_weight": 1}},
 }
 SPREAD = {"ddp": {}, "fsdp": FSDP}
+PARTS = {"objective": {"ibot_weight": 0}, "settings": {"accumulate": 2}}  # one head is never used
 
 
 def start(root: Path, processes: int, jobs: dict[str, dict]) -> None:
@@ -31,7 +32,8 @@ def runs(tmp_path_factory) -> Path:
     half = {"precision": "bf16"}
     start(root, 1, FORMS | {"half": half, "sharded": FORMS["paper"] | FSDP})
     spread = {f"{form}_{how}": job | place for form, job in FORMS.items() for how, place in SPREAD.items()}
-    start(root, 2, spread | {"half_fsdp": half | FSDP})
+    parts = {f"parts_{how}": PARTS | place for how, place in SPREAD.items()}
+    start(root, 2, spread | parts | {"half_fsdp": half | FSDP})
     return root
 
 
@@ -50,3 +52,7 @@ def test_one_rank_shards_the_teacher_too(runs):
 
 def test_bf16_stays_within_its_rounding(runs):
     assert furthest(runs, "half_fsdp", "half", ("loss/dino", "loss/ibot")) < 5e-3
+
+
+def test_parts_of_a_batch_with_a_head_that_no_loss_uses(runs):
+    assert furthest(runs, "parts_fsdp", "parts_ddp", ("loss/", "grad_norm")) < 1e-4

@@ -124,7 +124,8 @@ class Distillation:
             terms={name: term.detach() for name, term in terms.items()},
             watched_tokens=own,
             student_tokens=own,
-            targets=None if targets is None else targets.dino,
+            # Those of a head that no term trains mean nothing.
+            targets=None if targets is None or o.dino_weight == 0 else targets.dino,
         )
 
     def _targets(

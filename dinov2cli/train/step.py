@@ -144,6 +144,7 @@ class Stepper:
                 # Nobody differentiates it any more, and its graph would live on with what the monitor keeps.
                 last[name] = replace(views, total=views.total.detach())
                 del views
+            del seen  # the teacher looks at the next part before it would be given up
         # One small reduction per student: every rank sees the same losses, and skips the same steps.
         means = {name: self.parallel.mean(torch.stack(list(losses.values()))) for name, losses in sums.items()}
         return {

@@ -178,7 +178,7 @@ def test_only_what_a_term_needs_is_there_and_is_trained(weights, parts):
     model, looked_at = student(objective), teacher()
     assert {name for name, _ in model.student.named_children()} == parts
     _, found = step(model, looked_at, objective, crops())
-    assert (found.targets is None) == (not objective.needs_prototypes)
+    assert (found.targets is None) == (objective.dino_weight == 0)
     found.total.backward()
     for name, parameter in model.student.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -328,6 +328,18 @@ def test_students_together_are_bitwise_what_each_is_alone(tmp_path, heads):
     assert last["loss/total"] == pytest.approx(np.mean([last[f"{name}/loss/total"] for name in STUDENTS]))
 
 
+def test_students_of_one_grid_share_the_targets_of_the_teacher_s_heads(tmp_path, monkeypatch):
+    looked_at, asked = teacher(), []
+    logits = looked_at.logits
+    monkeypatch.setattr(looked_at, "logits", lambda *a: asked.append(1) or logits(*a))
+    run(tmp_path / "both", steps=3, students=("small", "other"), loaded=looked_at, settings={"accumulate": 2})
+    assert len(asked) == 3 * 2  # once for every part of a batch
+    for name in ("small", "other"):
+        run(tmp_path / name, steps=3, students=(name,), settings={"accumulate": 2})
+        both = stored(tmp_path / "both")
+        assert stored(tmp_path / name) == {key: value for key, value in both.items() if f"/{name}." in key}
+
+
 @pytest.mark.parametrize("students", [("",), ("small", "coarse")])
 def test_a_run_that_was_cut_goes_on_bitwise(tmp_path, students):
     common = {"students": students, "second": (3,), "centering": "softmax", "settings": {"accumulate": 2}}
@@ -428,16 +440,23 @@ def test_cached_tokens_train_as_computed_ones_do(tmp_path):
     forward = looked_at.network.forward_crops
     looked_at.network.forward_crops = lambda images: asked.append(len(images[0])) or forward(images)
 
-    def distil(name):
+    def distil(name, kept=True):
         asked.clear()
         shape = {"images": len(source), "views": 1, "crops": 2, "tokens": 17, "width": WIDTH}
         cache = TokenCache(tmp_path / "cache", **shape, key={"a": 1})
         crop = MultiCrop(global_size=32, local_size=16, local_number=2)
         loader = CropLoader(source, crop=crop, batch_size=8, seed=1, workers=0)
-        keep = {"distillation": {"cache": cache}, "loader": Repeating(loader, 1), "settings": {"accumulate": 2}}
+        keep = {
+            "distillation": {"cache": cache if kept else None},
+            "loader": Repeating(loader, 1),
+            "settings": {"accumulate": 2},
+        }
         run(tmp_path / name, steps=9, loaded=looked_at, **keep)
         return sum(asked)
 
     assert distil("first") <= 2 * len(source)
     assert distil("second") == 0
     assert stored(tmp_path / "first") == stored(tmp_path / "second")
+    distil("computed", kept=False)
+    for one, other in zip(lines(tmp_path / "first")[:3], lines(tmp_path / "computed")[:3], strict=True):
+        assert one["loss/total"] == pytest.approx(other["loss/total"], rel=2e-3)  # float16's rounding

@@ -82,7 +82,7 @@ def test_another_kind_of_output_is_sent_to_its_command(tmp_path):
     with Output.open(tmp_path / "e", kind="embeddings", command="dinov2 embed", config={}, seed=0, inputs=[]) as out:
         out.finish(rows=0)
     assert refusal(tmp_path / "e").startswith(
-        f"{tmp_path}/e is embeddings, expected a training run (made by dinov2 pretrain)"
+        f"{tmp_path}/e is embeddings, expected a training run (made by dinov2 pretrain or distill)"
     )
 
 

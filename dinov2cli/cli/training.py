@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Place:
 
 
 @dataclass
-class Assembly:
+class Assembly(ABC):
     """What a command makes of its settings: `config` without any `auto`, what was `chosen` for those and why, the
     `arguments` of `train`, and the entries of models in the manifest (`inputs`)."""
 
@@ -44,20 +45,21 @@ class Assembly:
     arguments: dict[str, Any]
     inputs: list[dict[str, Any]]
 
+    @abstractmethod
     def plan(self) -> dict[str, Any]:
         """Facts for --dry-run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def announce(self, talk: "Talk") -> None:
         """Say what begins."""
-        raise NotImplementedError
 
     def begin(self, talk: "Talk") -> None:
-        """Make what lies in the run directory, which is there from now on."""
+        """Make what lies in the run directory, which is there from now on: nothing, unless a command says otherwise."""
+        del talk
 
+    @abstractmethod
     def card(self, training: str) -> tuple[str, dict[str, Any]]:
         """Text for the model card, in which `training` says how long on what, and metadata for it."""
-        raise NotImplementedError
 
     def compare(self, out: "Output", talk: "Talk", exports: Mapping[str, Path]) -> dict[str, float]:
         """Measure what was made, at the end of the run, and give back the figures by name."""

@@ -1,5 +1,6 @@
 """Settings that `dinov2 pretrain` and `dinov2 distill` have in common, a section for each part of the method."""
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -213,9 +214,9 @@ class TrainingConfig(CommonConfig):
     eval: EvalSection = EvalSection()
 
     @property
+    @abstractmethod
     def moving_average(self) -> Any:
         """The section with `momentum` and `momentum_end` of the average of a student's weights."""
-        raise NotImplementedError
 
     def learners(self) -> dict[str, ModelSection]:
         """The students by name; one that is alone has the name ""."""

@@ -52,11 +52,6 @@ class DistillObjective:
         """Whether a term compares logits."""
         return self.dino_weight > 0 or self.ibot_weight > 0
 
-    @property
-    def needs_patches(self) -> bool:
-        """Whether a term looks at the teacher's patches."""
-        return self.ibot_weight > 0 or self.feature_weight > 0 or self.gram_weight > 0
-
 
 class TokenAdapter(nn.Module):
     """Student tokens in the teacher's space: one linear map for class tokens, one for patches."""
@@ -151,8 +146,8 @@ def _freeze_unused(student: DistillNetwork, objective: DistillObjective) -> None
 
 
 class Goal(NamedTuple):
-    """What a student is to match in a part of a batch: the teacher's tokens on its grid (None where no term needs
-    them), targets of its logits (None without prototypes), and which patches those of the iBOT term belong to."""
+    """What a student is to match in a part of a batch: the teacher's tokens on its grid, targets of its logits (None
+    without prototypes), and which patches those of the iBOT term belong to."""
 
     tokens: TeacherTokens
     targets: TeacherTargets | None

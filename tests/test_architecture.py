@@ -50,7 +50,8 @@ FORBIDDEN = {
     "data": ("train", "cli", "config", "models", "losses", "curation", "evaluation", "report"),
     "report": ("train", "cli", "config"),
     "curation": ("train", "cli", "config", "evaluation", "report"),
-    "evaluation": ("cli", "config", "report"),
+    "evaluation": ("cli", "config", "report", "fairness"),
+    "fairness": ("train", "cli", "config", "report"),
     "train": ("cli", "config", "curation", "evaluation", "report"),
 }
 

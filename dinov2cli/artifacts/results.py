@@ -57,12 +57,14 @@ class Scores:
     """What one figure was made of: the numbers of every unit (test image, query), from which it can be resampled.
 
     statistic: kind of the metric (see `evaluation.statistics`). units: n names. values: float64 [n, width], what the
-    columns are depends on the kind.
+    columns are depends on the kind. clusters: n names of what units come in (a person, a household), None for a unit of
+    none; None where each unit stands for itself.
     """
 
     statistic: str
     units: Sequence[str]
     values: np.ndarray
+    clusters: Sequence[str | None] | None = None
 
 
 def write_results(
@@ -78,7 +80,8 @@ def write_results(
 
     `predictions` holds one row per test image (`id`, `label`, `prediction`, `correct`, …). `scores`: one for each of
     `rows`, in their order, so that two models can be compared image by image; kept in scores.parquet (columns model,
-    task, dataset, metric, statistic, unit, and `value` float64 or, where a unit has several numbers, `values` float32).
+    task, dataset, metric, statistic, unit, and `value` float64 or, where a unit has several numbers, `values` float32;
+    also `cluster` if any of them has clusters).
     Raises ValueError if there is not one for each row.
     """
     if scores is not None and len(scores) != len(rows):
@@ -90,7 +93,8 @@ def write_results(
     if predictions is not None:
         out.write_table("predictions.parquet", predictions)
     if scores:
-        tables = [_scores_table(row, found) for row, found in zip(rows, scores, strict=True)]
+        clustered = any(found.clusters is not None for found in scores)
+        tables = [_scores_table(row, found, clustered) for row, found in zip(rows, scores, strict=True)]
         out.write(_SCORES, lambda path: _write_groups(path, tables))
     if report is not None:
         out.write_text("report.html", report)
@@ -109,10 +113,11 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_READ = ("statistic", "unit", "value", "values", "cluster")
 _NAMES = ("model", "task", "dataset", "metric", "statistic")
 
 
-def _scores_table(row: ResultRow, scores: Scores) -> pa.Table:
+def _scores_table(row: ResultRow, scores: Scores, clustered: bool) -> pa.Table:
     values = np.asarray(scores.values, dtype=np.float64)
     n, width = values.shape
     names = (row.model, row.task, row.dataset, row.metric, scores.statistic)
@@ -125,6 +130,10 @@ def _scores_table(row: ResultRow, scores: Scores) -> pa.Table:
         columns["value"] = pa.nulls(n, pa.float64())
         ends = pa.array(np.arange(0, n * width + 1, width, dtype=np.int32))
         columns["values"] = pa.ListArray.from_arrays(ends, pa.array(values.astype(np.float32).reshape(-1)))
+    if clustered:
+        columns["cluster"] = (
+            pa.nulls(n, pa.string()) if scores.clusters is None else pa.array(scores.clusters, pa.string())
+        )
     return pa.table(columns)
 
 
@@ -185,7 +194,8 @@ def read_scores(path: Path | str, row: int) -> Scores | None:
         return None
     try:
         with pq.ParquetFile(file) as stored:
-            table = stored.read_row_group(row, columns=["statistic", "unit", "value", "values"])
+            kept = [name for name in _READ if name in stored.schema_arrow.names]
+            table = stored.read_row_group(row, columns=kept)
         n = table.num_rows
         several = table.column("values").combine_chunks()
         if several.null_count:
@@ -193,7 +203,9 @@ def read_scores(path: Path | str, row: int) -> Scores | None:
         else:
             values = several.flatten().to_numpy().astype(np.float64).reshape(n, -1)
         kind = table.column("statistic")[0].as_py() if n else "mean"
-        return Scores(kind, table.column("unit").to_pylist(), values)
+        clusters = table.column("cluster") if "cluster" in kept else None
+        names = None if clusters is None or clusters.null_count == n else clusters.to_pylist()
+        return Scores(kind, table.column("unit").to_pylist(), values, names)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise InputError(f"{file} cannot be read ({type(error).__name__}); evaluate again with --overwrite") from None
 

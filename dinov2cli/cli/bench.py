@@ -22,12 +22,13 @@ _BENCHES = {
     "copies": "precision and recall of dedup on altered copies made from your images, per kind of edit",
     "knn": "the k-NN classifier beside scikit-learn's",
     "eval": "linear probe, k-NN and logistic regression on features beside products alone and scikit-learn's",
+    "fairness": "rates, intervals and tests of groups beside a textbook's loops of resampling and shuffling",
     "embed": "images per second from files to features, and the share of time spent waiting for images",
     "scaling": "memory, traffic and step time of the long recipes on 8 to 2,048 GPUs, modelled: nothing is timed",
     "ranks": "training steps over 2 or more processes of this machine beside one, and their memory beside the model's",
 }
 _TAKE_DATA = ("data", "search", "kmeans", "hash", "copies")
-_TAKE_ROWS = ("search", "kmeans", "components", "eval")
+_TAKE_ROWS = ("search", "kmeans", "components", "eval", "fairness")
 _MODULES = {"eval": "evaluation"}
 """Modules of `dinov2cli.bench` that are not called as their benchmark; the others are."""
 _HELP = "; ".join(f"{name}: {what}" for name, what in _BENCHES.items())
@@ -65,7 +66,7 @@ def bench(
             "--rows",
             metavar="N",
             min=1000,
-            help="search, kmeans, components: vectors (nodes), default 200000; eval: default 50000.",
+            help="search, kmeans, components: vectors (nodes), default 200000; eval, fairness: default 50000.",
         ),
     ] = None,
     reference: Annotated[

@@ -116,8 +116,9 @@ def _prepare(path: Path, config: "PretrainConfig", talk: "Talk", target_size: in
 
 
 def _train_and_judge(path: Path, config: "PretrainConfig", talk: "Talk") -> None:
-    from dinov2cli.cli.evaluating import DataSpecs, run_eval
+    from dinov2cli.cli.evaluating import run_eval
     from dinov2cli.cli.pretrain import train_run
+    from dinov2cli.cli.trials import DataSpecs
     from dinov2cli.config import task_config
     from dinov2cli.evaluation.tasks.registry import find_task
 

@@ -21,6 +21,7 @@ from dinov2cli.cli import (
     embed,
     evaluate,
     export,
+    fairness,
     info,
     kernels,
     pack,
@@ -39,7 +40,7 @@ _INTERRUPTED = "stopped by Ctrl-C; what was finished is saved, the same command 
 
 app = typer.Typer(
     name="dinov2",
-    help="From a folder of raw images to a trained, evaluated vision backbone: embed, dedup, curate, pretrain, eval.",
+    help="From a folder of raw images to a trained, evaluated, audited vision backbone.",
     epilog=_EPILOG,
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -72,6 +73,7 @@ app.command("pretrain", rich_help_panel=_TRAIN)(pretrain.pretrain)
 app.command("distill", rich_help_panel=_TRAIN)(distill.distill)
 app.command("export", rich_help_panel=_TRAIN)(export.export)
 app.add_typer(evaluate.app, name="eval", rich_help_panel=_TRAIN)
+app.add_typer(fairness.app, name="fairness", rich_help_panel=_TRAIN)
 app.command("demo", rich_help_panel=_LOOK)(demo.demo)
 app.command("doctor", rich_help_panel=_LOOK)(doctor.doctor)
 app.command("info", rich_help_panel=_LOOK)(info.info)

@@ -13,8 +13,8 @@ from dinov2cli.errors import DinoError, InputError, UserError, WorkError
 
 if TYPE_CHECKING:
     from dinov2cli.artifacts.output import Output
-    from dinov2cli.cli.evaluating import DataSpecs
     from dinov2cli.cli.talk import Talk
+    from dinov2cli.cli.trials import DataSpecs
     from dinov2cli.config import EvalConfig
     from dinov2cli.config.suite import SuiteConfig, SuiteEntry
 
@@ -164,7 +164,7 @@ def _inputs(
     ranks: Ranks,
 ) -> list[dict[str, Any]]:
     """What every entry reads, each once; the tasks look at their models and data here. Errors name the entry."""
-    from dinov2cli.cli.evaluating import Trials
+    from dinov2cli.cli.trials import Trials
     from dinov2cli.config import task_from
     from dinov2cli.evaluation.tasks.registry import find_task
 
@@ -180,7 +180,7 @@ def _inputs(
 
 
 def _specs(entry: "SuiteEntry") -> "DataSpecs":
-    from dinov2cli.cli.evaluating import DataSpecs
+    from dinov2cli.cli.trials import DataSpecs
 
     return DataSpecs(entry.train, entry.test, entry.others, label=entry.name)
 

@@ -1,7 +1,7 @@
 """Results of several models side by side: which is best at what, and whether that is more than chance.
 
-Two models are compared on the very same test images by a paired bootstrap (`intervals.difference`); never across test
-sets, and where settings of the tests differ that is said.
+Two models are compared on the very same test images by a paired bootstrap (`intervals.difference`), of whole clusters
+where images belong together; never across test sets, and where settings of the tests differ that is said.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 
 from dinov2cli.artifacts.results import ResultRow, Scores, read_scores
 from dinov2cli.errors import InputError, UserError
+from dinov2cli.evaluation.clustered import cluster_codes
 from dinov2cli.evaluation.comparison_entries import Entry, differing, key_of, labelled, read_entries, short_names, shown
 from dinov2cli.evaluation.intervals import DEFAULT_CONFIDENCE, DEFAULT_RESAMPLES, Difference, difference
 from dinov2cli.evaluation.statistics import Statistic
@@ -218,27 +219,48 @@ def _changes(places: _Places, baseline: str, notes: list[str], **how: Any) -> li
             if pair is None:
                 strangers += 1
             else:
-                changes.append(Change(model, column, difference(*pair, **how)))
+                first, second, clusters = pair
+                changes.append(Change(model, column, difference(first, second, clusters=clusters, **how)))
     if strangers and not changes:
         raise InputError(f"the models have no test images in common ({notes[-1]}); evaluate them on the same data")
     return changes
 
 
-def _paired(before: Scores, after: Scores) -> tuple[tuple[Statistic, Statistic] | None, str]:
-    """Both metrics over the units that both have, in one order, and what the user must know of that."""
+_Pair = tuple[Statistic, Statistic, np.ndarray | None]
+
+
+def _paired(before: Scores, after: Scores) -> tuple[_Pair | None, str]:
+    """Both metrics over the units that both have, in one order, with the clusters of these if there are any, and what
+    the user must know of that."""
     first, second = Statistic.of(before), Statistic.of(after)
     if {first.kind, second.kind} == {"mean", "ratio"}:  # the same share, over all units and over some of them
         first, second = first.as_ratio(), second.as_ratio()
     if first.kind != second.kind or first.values.shape[1] != second.values.shape[1]:
         return None, "the metrics are not of the same classes, so there is no difference to tell"
     units, others = list(before.units), list(after.units)
-    if units == others:
-        return (first, second), ""
-    place = {name: row for row, name in enumerate(others)}
-    if len(place) < len(others) or len(set(units)) < len(units):
-        return None, "test images of the same name cannot be told apart, so there is no difference to tell"
-    rows = np.array([(row, place[name]) for row, name in enumerate(units) if name in place], dtype=np.int64)
-    if not len(rows):
-        return None, f"none of {len(units)} and {len(others)} test images is in both"
-    note = f"compared on the {len(rows)} test images that both have, of {len(units)} and {len(others)}"
-    return (first.at(rows[:, 0]), second.at(rows[:, 1])), note if len(rows) < max(len(units), len(others)) else ""
+    note = ""
+    own = other = np.arange(len(units))
+    if units != others:
+        place = {name: row for row, name in enumerate(others)}
+        if len(place) < len(others) or len(set(units)) < len(units):
+            return None, "test images of the same name cannot be told apart, so there is no difference to tell"
+        rows = np.array([(row, place[name]) for row, name in enumerate(units) if name in place], dtype=np.int64)
+        if not len(rows):
+            return None, f"none of {len(units)} and {len(others)} test images is in both"
+        own, other = rows.T
+        if len(rows) < max(len(units), len(others)):
+            note = f"compared on the {len(rows)} test images that both have, of {len(units)} and {len(others)}"
+        first, second = first.at(own), second.at(other)
+    clusters, others_clusters = _clusters_at(before, own), _clusters_at(after, other)
+    if clusters is None or others_clusters is None:  # what images belong together does not hang on the model
+        clusters = others_clusters if clusters is None else clusters
+    elif not np.array_equal(clusters, others_clusters):
+        return None, (
+            "other test images belong together (persons, households) in one than in the other, so there is no "
+            "difference to tell: evaluate again"
+        )
+    return (first, second, clusters), note
+
+
+def _clusters_at(scores: Scores, rows: np.ndarray) -> np.ndarray | None:
+    return None if scores.clusters is None else cluster_codes([scores.clusters[row] for row in rows])

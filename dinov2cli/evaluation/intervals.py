@@ -12,6 +12,8 @@ from statistics import NormalDist
 import numpy as np
 
 from dinov2cli.errors import UserError
+from dinov2cli.evaluation.clustered import cluster_weights, clustered_share_interval, expanded_confidence
+from dinov2cli.evaluation.group_rates import all_pairs, cells_of, rates
 from dinov2cli.evaluation.statistics import Statistic
 
 DEFAULT_CONFIDENCE = 0.95
@@ -110,6 +112,7 @@ def resample_weights(n: int, resamples: int, *, seed: int) -> Iterator[np.ndarra
 def interval(
     statistic: Statistic,
     *,
+    clusters: np.ndarray | None = None,
     seed: int,
     resamples: int = DEFAULT_RESAMPLES,
     confidence: float = DEFAULT_CONFIDENCE,
@@ -117,9 +120,16 @@ def interval(
     """Interval (low, high) of a metric over the choice of its units: Wilson for shares of units (a mean of zeros and
     ones), else percentile bootstrap.
 
-    With one unit there is nothing to resample: low and high are its value. NaN where the metric has no value.
+    clusters: int64 [n], where units come in clusters (see `clustered`): a share, or a mean within 0..1, then has
+    `clustered_share_interval`, and all else a bootstrap of clusters. A gap or drop between groups has the simultaneous
+    interval of `group_rates`. With one unit there is nothing to resample: low and high are its value. NaN where the
+    metric has no value, or where there is one cluster only.
     """
     _check_confidence(confidence)
+    if statistic.kind in ("gap", "drop"):
+        return _range_interval(statistic, clusters, seed=seed, resamples=resamples, confidence=confidence)
+    if clusters is not None:
+        return _clustered_interval(statistic, clusters, seed=seed, resamples=resamples, confidence=confidence)
     n = len(statistic)
     if statistic.kind == "mean" and n:
         values = statistic.values[:, 0]
@@ -138,6 +148,54 @@ def interval(
     return _percentiles(np.concatenate(blocks), confidence)
 
 
+def _clustered_interval(
+    statistic: Statistic, clusters: np.ndarray, *, confidence: float, **how: int
+) -> tuple[float, float]:
+    counted, values = np.ones(len(statistic), dtype=bool), statistic.values[:, 0]
+    if statistic.kind == "ratio" and _share(statistic) is not None:
+        counted = statistic.values[:, 1] > 0
+    elif statistic.kind != "mean" or not ((values >= 0) & (values <= 1)).all():
+        return _percentiles(*_clustered_replicates(clusters, statistic, confidence=confidence, **how))
+    if not counted.any():
+        return float("nan"), float("nan")
+    return clustered_share_interval(values[counted], clusters[counted], confidence=confidence)
+
+
+def _range_interval(
+    statistic: Statistic, clusters: np.ndarray | None, *, confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    groups = statistic.values.shape[1] // 2
+    hits, counted = statistic.values[:, :groups], statistic.values[:, groups:]
+    rows, columns = np.nonzero(counted)
+    found = rates(cells_of(hits[rows, columns], columns, rows if clusters is None else clusters[rows], groups))
+    present = np.flatnonzero(~np.isnan(found.value))
+    if len(present) < 2 or np.isnan(statistic.value()):
+        return float("nan"), float("nan")
+    pairs = all_pairs(found.of(present), confidence=confidence, draws=resamples, seed=seed)
+    return pairs.gap() if statistic.kind == "gap" else pairs.drop()
+
+
+def _clustered_replicates(
+    clusters: np.ndarray, *metrics: Statistic, confidence: float, resamples: int, seed: int
+) -> tuple[np.ndarray, float]:
+    """A metric, or the second minus the first of two, in resamples of clusters, and the confidence to read them at."""
+    count = len(np.unique(clusters))
+    if count < 2 or np.isnan([metric.value() for metric in metrics]).any():
+        return np.empty(0), confidence
+    _check_counts(count, resamples)
+    pooled = [metric.pooled(clusters) for metric in metrics]
+    over_clusters = [metric for metric in pooled if metric is not None]
+    if len(over_clusters) == len(metrics):
+        blocks, metrics = resample_weights(count, resamples, seed=seed), tuple(over_clusters)
+    else:
+        blocks = cluster_weights(clusters, resamples, seed=seed)
+    found = [
+        metrics[-1].replicates(weights) - (metrics[0].replicates(weights) if len(metrics) > 1 else 0)
+        for weights in blocks
+    ]
+    return np.concatenate(found), expanded_confidence(confidence, count)
+
+
 def _share(statistic: Statistic) -> tuple[int, int] | None:
     """(successes, n) of a ratio that is a share of some of the units; None for any other metric."""
     if statistic.kind != "ratio" or statistic.values.shape[1] != 2 or not statistic.n:
@@ -152,15 +210,16 @@ def difference(
     before: Statistic,
     after: Statistic,
     *,
+    clusters: np.ndarray | None = None,
     seed: int,
     resamples: int = DEFAULT_RESAMPLES,
     confidence: float = DEFAULT_CONFIDENCE,
 ) -> Difference:
     """Change of a metric from one model to another over the same units, in the same order, by a paired bootstrap: every
-    resample weighs the units of both alike.
+    resample weighs the units of both alike, or whole clusters [n] of them.
 
-    With one unit low and high are the change; NaN where one of the two has no value. Raises ValueError for metrics of
-    two kinds or over different numbers of units.
+    With one unit low and high are the change; NaN where one of the two has no value, or of a single cluster. Raises
+    ValueError for metrics of two kinds or over different numbers of units.
     """
     _check_confidence(confidence)
     if before.kind != after.kind or len(before) != len(after):
@@ -171,6 +230,10 @@ def difference(
     n, change = len(before), after.value() - before.value()
     if n < 2 or np.isnan(change):
         return Difference(change, change, change, n)
+    if clusters is not None:
+        how = {"resamples": resamples, "seed": seed}
+        low, high = _percentiles(*_clustered_replicates(clusters, before, after, confidence=confidence, **how))
+        return Difference(change, low, high, n)
     if before.kind == "mean":
         return paired_difference(
             before.values[:, 0], after.values[:, 0], seed=seed, resamples=resamples, confidence=confidence

@@ -121,6 +121,46 @@ def nearest(
     return found_similarity, found_row
 
 
+def exact_neighbours(
+    queries: torch.Tensor | None, references: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact k nearest rows of `references` [m, d], of unit length, for `queries` [n, d]; both on one device.
+
+    queries None: every row of `references` against all others, never itself. Returns cosines float32 [n, k], most
+    similar first, and rows int64 [n, k]. Raises what `search.top_k` raises.
+    """
+    if references.device.type != "cpu":
+        alone = queries is None
+        return nearest(references if queries is None else queries, references, k, leave_one_out=alone)
+    cosines, rows = top_k(references.numpy(), k, queries=None if queries is None else queries.numpy(), index="flat")
+    return torch.from_numpy(cosines), torch.from_numpy(rows)
+
+
+def voted_classes(
+    similarities: torch.Tensor, labels: torch.Tensor, *, top: int, temperature: float = DEFAULT_TEMPERATURE
+) -> tuple[np.ndarray, np.ndarray]:
+    """The classes that k neighbours vote for, from their cosines and labels [n, k]: int64 [n, top], most votes first.
+
+    Beside them the share of the votes of each, float32 [n, top]: neighbours vote with softmax(cosine / temperature), as
+    in `knn_classify`. Among equal shares the lower class number comes first; -1 (share 0) where no further class got a
+    vote. Needs memory for a few tables [n, k], whatever the number of classes.
+    """
+    weights = F.softmax(similarities / temperature, dim=1)
+    labels, order = labels.sort(dim=1, stable=True)
+    weights = weights.gather(1, order)
+    # Equal labels lie side by side now: number these runs, lowest class first, and add up each.
+    begins = torch.ones_like(labels, dtype=torch.bool)
+    begins[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    run = begins.cumsum(1) - 1
+    shares = torch.zeros_like(weights).scatter_add_(1, run, weights)
+    classes = torch.full_like(labels, -1).scatter_(1, run, labels)
+    shares, order = shares.sort(dim=1, descending=True, stable=True)
+    classes = classes.gather(1, order).masked_fill(shares == 0, -1)
+    missing = max(0, top - classes.shape[1])
+    classes, shares = F.pad(classes, (0, missing), value=-1), F.pad(shares, (0, missing))
+    return classes[:, :top].cpu().numpy(), shares[:, :top].cpu().numpy()
+
+
 def _vote(
     similarities: torch.Tensor,
     labels: torch.Tensor,
@@ -189,12 +229,7 @@ def knn_classify(
     train = F.normalize(train, dim=1)
     test = train if leave_one_out else F.normalize(test, dim=1)
 
-    if train.device.type == "cpu":
-        queries = None if leave_one_out else test.numpy()  # None: every row against all others
-        found = top_k(train.numpy(), used_ks[-1], queries=queries, index="flat")
-        similarities, rows = torch.from_numpy(found[0]), torch.from_numpy(found[1])
-    else:
-        similarities, rows = nearest(test, train, used_ks[-1], leave_one_out=leave_one_out)
+    similarities, rows = exact_neighbours(None if leave_one_out else test, train, used_ks[-1])
     ranks, predictions, confidences = _vote(similarities, train_y[rows], test_y, used_ks, n_classes, temperature)
     return KnnResult(
         ks=used_ks,

@@ -13,10 +13,16 @@ import numpy.typing as npt
 
 from dinov2cli.artifacts.results import Scores
 from dinov2cli.errors import InputError
+from dinov2cli.evaluation.clustered import cluster_sums
 
 Floats = npt.NDArray[np.float64]
-Kind = Literal["mean", "class_mean", "ratio", "root_mean", "average_precision", "micro_average_precision"]
-KINDS: tuple[Kind, ...] = ("mean", "class_mean", "ratio", "root_mean", "average_precision", "micro_average_precision")
+Kind = Literal[
+    "mean", "class_mean", "ratio", "root_mean", "average_precision", "micro_average_precision", "gap", "drop"
+]
+KINDS: tuple[Kind, ...] = (
+    *("mean", "class_mean", "ratio", "root_mean", "average_precision", "micro_average_precision"),
+    *("gap", "drop"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Statistic:
 
     @property
     def n(self) -> int:
-        """How many units the metric looks at: of a ratio those with a denominator that is not zero."""
-        if self.kind != "ratio":
+        """How many units the metric looks at: of ratios those with a denominator that is not zero."""
+        if self.kind not in ("ratio", "gap", "drop"):
             return len(self)
         return int((self.values[:, self.values.shape[1] // 2 :] != 0).any(axis=1).sum())
 
@@ -49,15 +55,26 @@ class Statistic:
             )
         return cls(scores.statistic, np.asarray(scores.values, dtype=np.float64))
 
-    def scores(self, units: Sequence[str]) -> Scores:
-        """What is kept on disk of this metric; units: name of each row. Raises ValueError if there are not n names."""
-        if len(units) != len(self):
-            raise ValueError(f"a metric over {len(self)} units needs as many names, got {len(units)}")
-        return Scores(self.kind, units, self.values)
+    def scores(self, units: Sequence[str], clusters: Sequence[str | None] | None = None) -> Scores:
+        """What is kept on disk of this metric; units: name of each row, clusters: of what it is one of several.
+
+        Raises ValueError if there are not n names.
+        """
+        for names in (units, clusters):
+            if names is not None and len(names) != len(self):
+                raise ValueError(f"a metric over {len(self)} units needs as many names, got {len(names)}")
+        return Scores(self.kind, units, self.values, clusters)
 
     def as_ratio(self) -> "Statistic":
         """A mean as the ratio that it is; a ratio itself."""
         return ratio(self.values[:, 0], np.ones(len(self))) if self.kind == "mean" else self
+
+    def pooled(self, clusters: npt.NDArray[np.int64]) -> "Statistic | None":
+        """The same metric over clusters [n] in place of units; None where it cannot be had from sums over clusters."""
+        if self.kind not in ("mean", "ratio", "gap", "drop"):
+            return None
+        found = self.as_ratio()
+        return Statistic(found.kind, cluster_sums(found.values, clusters))
 
     def at(self, rows: npt.NDArray[np.int64]) -> "Statistic":
         """The same metric over some of the units, in the order given."""
@@ -81,8 +98,9 @@ class Statistic:
             return _class_means(self.values[:, 0], self.values[:, 1], weights)
         half = self.values.shape[1] // 2
         first, second = self.values[:, :half], self.values[:, half:]
-        if self.kind == "ratio":
-            return _mean_of_present(_over(weights @ first, weights @ second))
+        if self.kind in ("ratio", "gap", "drop"):
+            ratios = _over(weights @ first, weights @ second)
+            return _mean_of_present(ratios) if self.kind == "ratio" else _range(ratios, relative=self.kind == "drop")
         return _mean_of_present(_average_precisions(first, second, weights))
 
 
@@ -108,6 +126,17 @@ def ratio(numerators: npt.ArrayLike, denominators: npt.ArrayLike) -> Statistic:
     only: value x counts, over counts (0 or 1).
     """
     return Statistic("ratio", _pair(numerators, denominators))
+
+
+def gap(hits: npt.ArrayLike, counted: npt.ArrayLike) -> Statistic:
+    """Largest minus least of the shares hits / counted of G groups, both [n, G]: row i is zero but in the group of
+    unit i. Groups without a counted unit do not count; fewer than two have no gap."""
+    return Statistic("gap", _pair(hits, counted))
+
+
+def drop(hits: npt.ArrayLike, counted: npt.ArrayLike) -> Statistic:
+    """The gap of `gap` as a share of the largest: (best - least) / best. No value where the largest is 0."""
+    return Statistic("drop", _pair(hits, counted))
 
 
 def average_precision(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Statistic:
@@ -158,6 +187,15 @@ def _mean_of_present(by_class: Floats) -> Floats:
     """Mean over the last axis of what is not NaN; NaN where nothing is."""
     present = ~np.isnan(by_class)
     return _over(np.where(present, by_class, 0).sum(-1), present.sum(-1))
+
+
+def _range(ratios: Floats, *, relative: bool) -> Floats:
+    """Largest minus least of each row [r, G], over the largest if `relative`; NaN with fewer than two that exist."""
+    present = ~np.isnan(ratios)
+    high = np.max(ratios, axis=1, initial=-np.inf, where=present)
+    low = np.min(ratios, axis=1, initial=np.inf, where=present)
+    found = np.where(present.sum(1) > 1, high - low, np.nan)
+    return _over(found, high) if relative else found
 
 
 def _class_means(classes: Floats, values: Floats, weights: Floats) -> Floats:

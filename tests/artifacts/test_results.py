@@ -45,6 +45,17 @@ def test_scores_come_back_row_by_row(tmp_path):
     assert "scores.parquet" in json.loads((tmp_path / "r" / FILE_NAME).read_text())["files"]
 
 
+def test_clusters_come_back_and_cost_nothing_where_there_are_none(tmp_path):
+    grouped = Scores("mean", ["x", "y", "z"], SCORES[0].values, ["p", None, "p"])
+    nobody = Scores("mean", ["x", "y"], np.zeros((2, 1)), [None, None])
+    write(tmp_path / "r", scores=[grouped, SCORES[1], nobody])
+    assert [read_scores(tmp_path / "r", number).clusters for number in range(3)] == [["p", None, "p"], None, None]
+    assert np.array_equal(read_scores(tmp_path / "r", 1).values, SCORES[1].values)
+    assert pq.read_table(tmp_path / "r" / "scores.parquet")["cluster"].to_pylist()[:4] == ["p", None, "p", None]
+    write(tmp_path / "plain")  # as files of older versions, which have no such column
+    assert read_scores(tmp_path / "plain", 0).clusters is None
+
+
 def test_many_units_and_classes_come_back_and_names_are_stored_once(tmp_path):
     names = [f"some/long/folder/name/{i:08d}.jpg" for i in range(3000)]
     values = np.random.default_rng(0).integers(0, 2, (3000, 1)).astype(float)

@@ -8,17 +8,22 @@ import sys
 import pytest
 
 from dinov2cli.evaluation.tasks.registry import TASKS
+from dinov2cli.fairness.protocols.registry import PROTOCOLS
 from tests.cli.conftest import TINY
 from tests.cli.distill_runs import SMALL
 
 COMMANDS = [
     *("embed", "dedup", "curate", "pack", "pretrain", "distill", "export", "eval compare", "eval suite"),
     *(f"eval {task}" for task in TASKS),
+    *(f"fairness {study}" for study in PROTOCOLS),
     *("demo", "doctor", "info", "bench", "recipes"),
 ]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["distill", "--help"], ["eval", "depth", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["distill", "--help"], ["eval", "depth", "--help"], ["fairness", "geo", "--help"]],
+)
 def test_help_and_version_are_quick_and_without_torch(arguments):
     """Under half a second of processor time; wall time on a shared machine says nothing."""
     code = f"""
@@ -46,7 +51,17 @@ def test_every_command_explains_itself(dinov2, command):
 
 
 @pytest.mark.parametrize(
-    "command", ["embed", "dedup", "curate", "pack", "pretrain", "distill", *(f"eval {task}" for task in TASKS)]
+    "command",
+    [
+        "embed",
+        "dedup",
+        "curate",
+        "pack",
+        "pretrain",
+        "distill",
+        *(f"eval {task}" for task in TASKS),
+        *(f"fairness {study}" for study in PROTOCOLS),
+    ],
 )
 def test_common_options_are_the_same_everywhere(dinov2, command):
     text = dinov2(*command.split(), "--help").out
@@ -64,7 +79,7 @@ def test_unknown_commands_and_options_are_usage_errors(dinov2):
 
 
 def test_commands_not_built_yet_are_absent(dinov2):
-    assert dinov2("fairness", "--help").code == 2
+    assert dinov2("visualize", "--help").code == 2
 
 
 def test_unexpected_errors_are_one_line(dinov2, monkeypatch):

@@ -22,14 +22,14 @@ def errors(skill):
     return root_mean((1.5 - skill + HARD) ** 2)
 
 
-def results(path, figures, *, model="m", spec=None, data_hash="h", units=None, scores=True, **settings):
+def results(path, figures, *, model="m", spec=None, data_hash="h", units=None, scores=True, clusters=None, **settings):
     """figures: (task, dataset, metric, statistic, more settings) each."""
     rows, kept = [], []
     for task, dataset, metric, statistic, more in figures:
         low, high = interval(statistic, seed=0)
         facts = {"unit": "share", **settings, **more}
         rows.append(ResultRow(model, task, dataset, metric, statistic.value(), low, high, len(statistic), facts))
-        kept.append(statistic.scores(NAMES[: len(statistic)] if units is None else units))
+        kept.append(statistic.scores(NAMES[: len(statistic)] if units is None else units, clusters))
     inputs = [{"spec": dataset, "kind": "parquet", "hash": data_hash} for dataset in {figure[1] for figure in figures}]
     inputs.append({"spec": spec or f"/models/{model}", "kind": "model", "sha256": str(spec)})
     with Output.open(path, "results", command="dinov2 eval", config={}, inputs=inputs) as out:
@@ -141,6 +141,39 @@ def test_models_are_compared_on_the_images_that_both_have(tmp_path):
     third = results(tmp_path / "c", figures, model="large", units=[NAMES[i] for i in shuffled])
     found = compare_results([first, third])
     assert found.changes[0].change == difference(right(0.4), right(0.6), seed=0) and not found.notes
+
+
+def test_images_that_belong_together_are_drawn_together(tmp_path):
+    owners = np.arange(N) // 4
+    names = [f"person {owner}" for owner in owners]
+    renamed = [f"subject {owner}" for owner in owners]
+    expected = difference(right(0.4), right(0.6), clusters=owners, seed=0)
+    assert expected != difference(right(0.4), right(0.6), seed=0)
+    first = knn(tmp_path / "a", 0.4, "small", clusters=names)
+    for place, clusters in (("b", names), ("c", renamed), ("d", None)):  # the same persons, under whatever name
+        second = knn(tmp_path / place, 0.6, "large", clusters=clusters)
+        assert compare_results([first, second]).changes[0].change == expected
+        assert compare_results([second, first], baseline="small").changes[0].change == expected
+    # In another order, and of some of them, the clusters are those of the images.
+    order = np.random.default_rng(1).permutation(N)[:150]
+    figures = [("knn", "/d/val.parquet", "top1_k20", right(0.6).at(order), {})]
+    units, own = [NAMES[i] for i in order], [renamed[i] for i in order]
+    second = results(tmp_path / "e", figures, model="large", units=units, clusters=own)
+    common = np.sort(order)
+    (change,) = compare_results([first, second]).changes
+    assert change.change == difference(right(0.4).at(common), right(0.6).at(common), clusters=owners[common], seed=0)
+
+
+def test_images_that_belong_together_otherwise_are_not_compared(tmp_path):
+    first = knn(tmp_path / "a", 0.4, "small", clusters=[str(i // 4) for i in range(N)])
+    second = knn(tmp_path / "b", 0.6, "large", clusters=[str(i // 5) for i in range(N)])
+    third = knn(tmp_path / "c", 0.6, "other", clusters=[str(i // 4) for i in range(N)])
+    found = compare_results([first, second, third])
+    assert [change.model for change in found.changes] == ["other"]
+    assert found.notes == [
+        "knn top1_k20 on d/val, small and large: other test images belong together (persons, households) in one than "
+        "in the other, so there is no difference to tell: evaluate again"
+    ]
 
 
 def test_models_without_a_common_image_are_refused(tmp_path):

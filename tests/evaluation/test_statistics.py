@@ -10,6 +10,8 @@ from dinov2cli.evaluation.statistics import (
     Statistic,
     average_precision,
     class_mean,
+    drop,
+    gap,
     mean,
     micro_average_precision,
     ratio,
@@ -28,13 +30,19 @@ def example(kind, seed=0):
     if kind == "ratio":
         unions = rng.integers(0, 9, (N, 4))
         return ratio(rng.integers(0, 9, (N, 4)) % (unions + 1), unions)
+    if kind in ("gap", "drop"):
+        groups = np.eye(4)[rng.integers(0, 4, N)]
+        return getattr(statistics, kind)(groups * (rng.random(N) < 0.7)[:, None], groups)
+    if kind in ("gap", "drop"):
+        counted = np.eye(3)[rng.integers(0, 3, N)]
+        return getattr(statistics, kind)(counted * rng.integers(0, 2, (N, 1)), counted)
     scores = rng.integers(0, 12, (N, 3)) / 4  # many ties
     if kind == "average_precision":
         return average_precision(scores, rng.integers(-1, 2, (N, 3)))
     return micro_average_precision(scores[:, 0], rng.random(N) < 0.5, rng.random(N) < 0.8)
 
 
-def gap(confidences, correct, answerable):
+def by_definition(confidences, correct, answerable):
     """By definition, in order of confidence; equal confidences are one step."""
     total = 0.0
     for level in np.unique(confidences):
@@ -120,13 +128,33 @@ def test_classes_without_a_positive_do_not_count():
 
 def test_micro_average_precision_is_its_definition():
     found = example("micro_average_precision")
-    assert found.value() == pytest.approx(gap(*found.values.T), abs=1e-12)
+    assert found.value() == pytest.approx(by_definition(*found.values.T), abs=1e-12)
     # Weyand et al.: 1 / M times the sum of precision where an answer is right.
     known = micro_average_precision([0.9, 0.8, 0.7, 0.1], [1, 0, 1, 0], [1, 1, 1, 0])
     assert known.value() == pytest.approx((1 + 2 / 3) / 3)
     # A distractor answered with the highest confidence costs, one with the lowest does not.
     assert micro_average_precision([0.5, 0.4, 0.9], [1, 1, 0], [1, 1, 0]).value() == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert micro_average_precision([0.5, 0.4, 0.1], [1, 1, 0], [1, 1, 0]).value() == 1.0
+
+
+def test_gaps_and_drops_are_of_the_rates_of_groups():
+    rng = np.random.default_rng(0)
+    codes, hits = rng.integers(0, 5, N), rng.random(N) < 0.6
+    codes[codes == 3] = 2  # a group without images
+    groups = np.eye(5)[codes]
+    groups[:7] = 0  # images of no group
+    rates = [hits[7:][codes[7:] == group].mean() for group in (0, 1, 2, 4)]
+    apart, relative = gap(groups * hits[:, None], groups), drop(groups * hits[:, None], groups)
+    assert apart.value() == pytest.approx(max(rates) - min(rates), abs=1e-12)
+    assert relative.value() == pytest.approx(1 - min(rates) / max(rates), abs=1e-12)
+    assert (apart.n, len(apart)) == (N - 7, N)
+    only = np.eye(5)[np.zeros(N, dtype=int)]
+    assert np.isnan(gap(only, only).value())  # one group has no gap
+    assert np.isnan(drop(0 * groups, groups).value()) and gap(0 * groups, groups).value() == 0
+    clusters = rng.integers(0, 20, N)
+    assert apart.pooled(clusters).value() == pytest.approx(apart.value(), abs=1e-12)
+    assert len(apart.pooled(clusters)) == len(set(clusters)) and root_mean(hits).pooled(clusters) is None
+    assert mean(hits).pooled(clusters).value() == pytest.approx(hits.mean(), abs=1e-12)
 
 
 def test_nothing_has_no_value():
@@ -142,11 +170,14 @@ def test_scores_are_all_that_is_needed_to_have_the_metric_again(kind):
     again = Statistic.of(found.scores(names))
     assert again.kind == kind
     assert again.value() == found.value()
+    assert found.scores(names).clusters is None and found.scores(names, names[::-1]).clusters == names[::-1]
 
 
 def test_scores_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="a metric over 3 units needs as many names, got 2"):
         mean([1, 2, 3]).scores(["a", "b"])
+    with pytest.raises(ValueError, match="a metric over 3 units needs as many names, got 1"):
+        mean([1, 2, 3]).scores(["a", "b", "c"], ["x"])
     with pytest.raises(InputError, match="kind 'median', expected one of mean, class_mean, ratio"):
         Statistic.of(Scores("median", ["a"], np.zeros((1, 1))))
     with pytest.raises(ValueError, match="one shape"):

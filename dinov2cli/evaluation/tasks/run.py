@@ -27,8 +27,6 @@ def run_task(
     *,
     model: str,
     dataset: str,
-    confidence: float,
-    resamples: int,
     settings: dict[str, Any],
 ) -> Outcome | None:
     """Run `task`, checked before, on every process of a launch. None on all but the main one.
@@ -47,22 +45,30 @@ def run_task(
         for note in judged.notes:
             trial.warn(note)
         described = {"model": model, "dataset": dataset, "task": task.name}
-        protocol = {**asdict(task), **settings, "confidence": confidence, "resamples": resamples, "seed": trial.seed}
+        limits = {"confidence": trial.confidence, "resamples": trial.resamples, "seed": trial.seed}
+        protocol = {**asdict(task), **settings, **limits}
         seconds = time.perf_counter() - started
         rows = [
             _row(figure, number == 0, judged, protocol, seconds=seconds, **described)
             for number, figure in enumerate(judged.figures)
         ]
-        scores = [figure.statistic.scores(judged.units) for figure in judged.figures]
+        scores = [_scores(figure, judged) for figure in judged.figures]
         found.append(Outcome(rows, scores, judged))
 
     trial.ranks.first(judge)
     return found[0] if found else None
 
 
+def _scores(figure: Figure, judged: Judged) -> Scores:
+    rows = range(len(judged.units)) if figure.rows is None else figure.rows
+    clusters = None if judged.clusters is None else [str(judged.clusters[row]) for row in rows]
+    return figure.statistic.scores([judged.units[row] for row in rows], clusters)
+
+
 def _row(figure: Figure, headline: bool, judged: Judged, protocol: dict[str, Any], **described: Any) -> ResultRow:
     limits = {key: protocol[key] for key in ("seed", "resamples", "confidence")}
-    low, high = interval(figure.statistic, **limits)
+    clusters = judged.clusters if judged.clusters is None or figure.rows is None else judged.clusters[figure.rows]
+    low, high = interval(figure.statistic, clusters=clusters, **limits) if figure.limits is None else figure.limits
     settings = {
         **protocol,
         "unit": figure.unit,

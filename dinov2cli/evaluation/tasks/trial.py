@@ -35,10 +35,10 @@ class Trial:
     """One model, the sources and the means of a task.
 
     train is None where the task needs none; others: further sources by name. device and precision: where and in which
-    numbers the frozen model computes (`autocast(device, precision)`). store: where long stages keep finished blocks, so
-    that a killed command goes on (`store.stage(name, key)`); cache: where features are kept between commands; folder:
-    in the output, for files that a task makes besides its figures; each None where nothing is to be kept. say, warn
-    and progress(label, total, unit) speak to the user.
+    numbers the frozen model computes (`autocast(device, precision)`). confidence and resamples: of intervals. store:
+    where long stages keep finished blocks, so that a killed command goes on (`store.stage(name, key)`); cache: where
+    features are kept between commands; folder: in the output, for files that a task makes besides its figures; each
+    None where nothing is to be kept. say, warn and progress(label, total, unit) speak to the user.
     """
 
     model: LoadedModel
@@ -51,6 +51,8 @@ class Trial:
     workers: int = 0
     seed: int = 0
     max_bad_fraction: float = 0.01
+    confidence: float = 0.95
+    resamples: int = 2000
     ranks: Ranks = ALONE
     folder: Path | None = None
     store: Store | None = None

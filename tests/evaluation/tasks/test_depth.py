@@ -79,9 +79,7 @@ def test_predictions_and_pictures(judged):
 @pytest.mark.parametrize("head", ["lin4", "dpt"])
 def test_other_heads_run_through_the_runner(tmp_path, head):
     task = Depth(**QUICK | {"steps": 3, "lr": None}, head=head, channels=8, crop="eigen", size=28, panels=0)
-    outcome = run_task(
-        task, trial(tmp_path, test=3), model="tiny", dataset="scenes", confidence=0.95, resamples=100, settings={}
-    )
+    outcome = run_task(task, trial(tmp_path, test=3), model="tiny", dataset="scenes", settings={})
     row = outcome.rows[0]
     assert (row.metric, row.n, row.settings["head"]) == ("rmse", 3, head)
     assert row.ci_low <= row.value <= row.ci_high

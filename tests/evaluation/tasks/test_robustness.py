@@ -137,7 +137,7 @@ def test_alexnet_is_the_baseline_of_those_who_ask_for_it():
 def test_results_of_another_model_are_a_baseline(tmp_path):
     harmful = {**FEW, "corruptions": ["contrast"], "severities": [5]}
     task, asked = Robustness(**harmful), trial()
-    first = run_task(task, asked, model="first", dataset="digits", confidence=0.95, resamples=200, settings={})
+    first = run_task(task, asked, model="first", dataset="digits", settings={})
     with Output.open(tmp_path / "first", "results", command="dinov2 eval robustness", config={}) as out:
         write_results(out, first.rows, scores=first.scores)
     baseline = str(tmp_path / "first")

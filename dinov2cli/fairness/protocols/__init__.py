@@ -1,0 +1,1 @@
+"""The studies, each a task of its own: geography, people, and the general form."""
